@@ -1,0 +1,1 @@
+"""Lifelong quantization-aware training: ProxQ and BaLL on small quantized networks."""
