@@ -1,0 +1,36 @@
+"""Write resnet-20-cifar-10/data/: CIFAR-10 in 3 tasks, 25 % of the classes replaced, seed 0.
+
+What lifeLongDataGeneator.py writes for the folder that prepare_images.py makes of the full CIFAR-10; it reads names
+only, and these are known without the images. The image root, which is another on every machine, is left open (null).
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parents[1]
+if find_spec("lifequant") is None:  # a bare clone that was not installed
+    sys.path.insert(0, str(TOP))
+
+from lifequant import dataset_json
+from lifequant.files import write_all
+from lifequant.generate import checked_tasks, csv_files, rows_of_tasks
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # torchvision's
+
+
+def shipped(train: int = 5000, test: int = 1000) -> dict[str, str]:
+    """Name and content of each file, for so many training and test images a class."""
+    tasks = checked_tasks(len(CLASSES), num_tasks=3, rate=0.25, seed=0)
+    record = dataset_json.record("cifar10", CLASSES, tasks, root=None, seed=0, rate=0.25)
+    files = {}
+    for source, count in (("train", train), ("test", test)):
+        names = [(name, label, n) for label, name in enumerate(CLASSES) for n in range(1, count + 1)]
+        task_rows = rows_of_tasks([(f"{source}/{name}/{n:04d}.png", label) for name, label, n in names], tasks)
+        files |= csv_files("cifar10", source, task_rows)
+        record["counts"][source] = [len(rows) for rows in task_rows]
+    return {**files, dataset_json.FILE: dataset_json.text(record)}
+
+
+if __name__ == "__main__":
+    write_all({TOP / "resnet-20-cifar-10" / "data" / name: content for name, content in shipped().items()})
