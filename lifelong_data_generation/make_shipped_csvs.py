@@ -8,9 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parents[1]
 if find_spec("lifequant") is None:  # a bare clone that was not installed
-    sys.path.insert(0, str(TOP))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lifequant import dataset_json
 from lifequant.files import write_all
@@ -33,4 +32,5 @@ def shipped(train: int = 5000, test: int = 1000) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    write_all({TOP / "resnet-20-cifar-10" / "data" / name: content for name, content in shipped().items()})
+    out = Path(__file__).resolve().parents[1] / "resnet-20-cifar-10" / "data"
+    write_all({out / name: content for name, content in shipped().items()})
