@@ -41,7 +41,7 @@ def main_tasks(argv: Sequence[str]) -> int:
         print(
             f"--diminish_rate: {100 * args.diminish_rate:g} % of a task's classes are replaced from task to task{here}"
         )
-    pools = [_thinned(rows, len(names), args) for rows in pools]
+    pools = _thinned(pools, args)
     task_rows = pools if args.domains else rows_of_tasks(pools[0], tasks)
 
     suffix = "domains" if args.domains else f"{round(100 * args.diminish_rate):03d}"
@@ -197,21 +197,23 @@ def class_images(root: Path, folder: Path, names: list[str]) -> Rows:
     return rows
 
 
-def _thinned(rows: Rows, num_classes: int, args: argparse.Namespace) -> Rows:
-    """--images_per_class, then (of training images only) --lt_gamma."""
+def _thinned(pools: list[Rows], args: argparse.Namespace) -> list[Rows]:
+    """--images_per_class (of each domain), then --lt_gamma, of training images only, over all of them."""
     if args.images_per_class:
-        counts = Counter(label for _, label in rows)
-        few = sum(n < args.images_per_class for n in counts.values())
+        every = [Counter(label for _, label in rows) for rows in pools]
+        few = sum(n < args.images_per_class for counts in every for n in counts.values())
         if few:
-            print(f"note: {few} of {num_classes} classes have fewer than {args.images_per_class} images; all are kept")
-        rows = _kept(rows, dict.fromkeys(counts, args.images_per_class), args.seed, "thin")
+            print(f"note: {few} class folders have fewer than {args.images_per_class} images; all of these are kept")
+        keep = [dict.fromkeys(counts, args.images_per_class) for counts in every]
+        pools = [_kept(rows, most, args.seed, "thin") for rows, most in zip(pools, keep, strict=True)]
     if args.lt_gamma > 1 and args.source == "test":
         print("note: --lt_gamma thins training images only; the test images stay as they are")
     elif args.lt_gamma > 1:
-        rows = _kept(
-            rows, long_tail(Counter(label for _, label in rows), num_classes, args.lt_gamma), args.seed, "long_tail"
-        )
-    return rows
+        rows = [row for pool in pools for row in pool]
+        counts = Counter(label for _, label in rows)
+        kept = set(_kept(rows, long_tail(counts, len(counts), args.lt_gamma), args.seed, "long_tail"))
+        pools = [[row for row in pool if row in kept] for pool in pools]
+    return pools
 
 
 def _kept(rows: Rows, keep: dict[int, int], seed: int, purpose: str) -> Rows:

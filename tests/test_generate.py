@@ -166,6 +166,9 @@ def test_domains(tmp_path, here, capsys):
     whole = {path.relative_to(tmp_path / "office").as_posix() for path in (tmp_path / "office" / "dslr").rglob("*.png")}
     assert {image for image, _ in train + test} == whole
     assert json.loads((folder / "dataset.json").read_text())["domains"] == ["dslr", "webcam"]
+    assert generate(tmp_path / "office", **domains, lt_gamma=5.5, output_dir="tail") == 0
+    tail = Counter(label for _, label in rows(here / "tail" / "x_train.csv"))
+    assert tail == {0: 11, 1: 2}  # over both domains, as a training run would thin them
     fill(tmp_path / "office" / "amazon", ["bike"], images=1)
     capsys.readouterr()
     assert generate(tmp_path / "office", **{**domains, "domains": "dslr,amazon"}) == 2
