@@ -1,0 +1,28 @@
+"""``lifequant``, ``python -m lifequant`` and resnet-20-cifar-10/main.py: one command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lifequant.cli import run_main
+
+
+def train(argv: Sequence[str]) -> int:
+    """Parse, then train or test. Raises UserError."""
+    from lifequant import options
+
+    config, notes = options.parse(argv)
+    from lifequant.train import run, test
+
+    (test if config.test_only else run)(config, notes)
+    return 0
+
+
+def main() -> int:
+    """Exit code of the command line."""
+    return run_main(train)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Checkpoints: one schema, written whole or not at all, read as data only (weights_only).
+
+Two kinds. ``run``: everything that the rest of a run depends on, of checkpoint/last.pt and of checkpoint/task<t>.pt at
+each task's end. ``model``: a trained model, model_best.pt.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lifequant import registry
+from lifequant.augment import MEAN, STD
+from lifequant.errors import UserError
+from lifequant.options import Config
+from lifequant.quantizers.layers import Scheme
+
+SCHEMA = 1
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` by a temporary file in the same folder that replaces ``path`` once it is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save({"schema": SCHEMA, **state}, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Atomic: afterwards ``path`` has the new content, or, if anything failed, what it had."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A checkpoint of that kind. Raises UserError for anything else."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise UserError(
+            f"{path}: not a checkpoint that can be read; it is broken, or not a checkpoint at all"
+        ) from None
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("kind") != kind:
+        what = state.get("kind") if isinstance(state, dict) else None
+        raise UserError(
+            f"{path}: not a {kind} checkpoint of schema {SCHEMA}" + (f" (it is a {what} checkpoint)" if what else "")
+        )
+    return state
+
+
+def build(config: Config, num_classes: int) -> nn.Module:
+    """The quantized network of a config, randomly initialised from its seed alone."""
+    weights = registry.quantizer(config.quantizer, **config.option(config.quantizer))
+    scheme = Scheme(weights, weights, config.bitW, config.abitW, config.first_last_bits)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = registry.model(config.target_model)(num_classes, scheme, config.shortcut)
+    return model.to(memory_format=torch.channels_last)
+
+
+def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dict[str, Any]:
+    """What model_best.pt holds: the weights, and all that is needed to build the network and to feed it."""
+    preprocessing = {"image_size": config.image_size, "mean": list(MEAN), "std": list(STD)}
+    return {
+        "kind": "model",
+        "config": config.asdict(paths=False),
+        "options": dict(config.options),
+        "class_names": class_names,
+        "preprocessing": preprocessing,
+        "model": model.state_dict(),
+    }
+
+
+def find_model(path: Path) -> Path | None:
+    """``path``, or the same file in (or beside) a folder checkpoint/, where runs keep it as well."""
+    other = (
+        path.parent.parent / path.name if path.parent.name == "checkpoint" else path.parent / "checkpoint" / path.name
+    )
+    return next((p for p in (path, other) if p.is_file()), None)
+
+
+def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) -> bool:
+    """Load a source model. True where its quantizers fit and were loaded with it; False where steps must be derived.
+
+    Raises UserError where architecture or class count differ.
+    """
+    state = read(path, "model")
+    theirs, weights = state["config"], state["model"]
+    same = {"target_model": config.target_model, "shortcut": config.shortcut}
+    for name, ours in same.items():
+        if theirs.get(name) != ours:
+            raise UserError(f"{path}: its {name} is {theirs.get(name)}, this run's is {ours}")
+    if len(state["class_names"]) != num_classes:
+        raise UserError(f"{path}: it has {len(state['class_names'])} classes, the data set has {num_classes}")
+    quant = ("quantizer", "bitW", "abitW", "first_last_bits")
+    if all(theirs.get(name) == getattr(config, name) for name in quant):
+        load_strictly(path, model, weights)
+        return True
+    load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)
+    return False
+
+
+def _of_quantizer(key: str) -> bool:
+    return any(part in ("weight_quant", "act_quant") for part in key.split("."))
+
+
+def load_strictly(path: Path, model: nn.Module, weights: dict[str, Any], partly: bool = False) -> None:
+    """Load; with ``partly`` the quantizers' own entries may lack. Raises UserError for any other misfit."""
+    ours = model.state_dict()
+    for name, value in weights.items():
+        if name not in ours or not torch.is_tensor(value) or ours[name].shape != value.shape:
+            raise UserError(f"{path}: its {name!r} does not fit this network")
+    lacking = [name for name in ours if name not in weights and not (partly and _of_quantizer(name))]
+    if lacking:
+        raise UserError(f"{path}: it has no {lacking[0]!r}, which this network needs")
+    model.load_state_dict(weights, strict=False)

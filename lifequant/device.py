@@ -1,0 +1,40 @@
+"""Which device a run uses, and whether its step is compiled."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from lifequant.errors import UserError
+from lifequant.options import Config
+
+COMPILE_FROM_STEPS = 1000  # below, a compilation (half a minute to a minute on two cores) takes longer than it saves
+
+
+def pick_device(config: Config) -> torch.device:
+    """``auto``: the GPU of that index where there is one. Only ``cuda`` demands one; raises UserError."""
+    available = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise UserError(
+            "--device cuda: torch finds no CUDA GPU here: use --device auto or cpu, or install a CUDA build of torch"
+        )
+    if config.gpus >= torch.cuda.device_count():
+        raise UserError(f"--gpus {config.gpus}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return torch.device("cuda", config.gpus)
+
+
+def wants_compile(config: Config, device: torch.device, steps: int, say: Callable[[str], None]) -> bool:
+    """--compile; ``auto`` is a fixed rule of the run's steps, so a resumed run gets the same answer."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    if steps < COMPILE_FROM_STEPS:
+        return False
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        say("--compile auto: no C++ compiler here, the step runs uncompiled")
+        return False
+    say(f"--compile auto: on ({steps} steps)")
+    return True

@@ -1,0 +1,145 @@
+"""The folder of a run: whether it may be used, where a run goes on, what of another run may be taken over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lifequant import checkpoint, registry
+from lifequant.errors import UserError
+from lifequant.options import Config, free_names
+
+PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
+NEEDED_BYTES = 50_000_000  # a run of three tasks: its checkpoints and curves
+
+
+def open_job(config: Config, say: Any) -> dict[str, Any] | None:
+    """Prepare job_dir; returns the state to go on with, None for a new run. Raises UserError."""
+    job = Path(config.job_dir)
+    if job.exists() and not job.is_dir():
+        raise UserError(f"--job_dir {job}: not a folder")
+    if config.reset and config.resume:
+        raise UserError("--reset and --resume contradict each other: begin anew, or go on")
+    state = None
+    if config.resume:
+        state = _resume(config, job, say)
+    elif config.reset:
+        _reset(config, job)
+    elif (job / "config.json").exists():
+        raise UserError(
+            f"--job_dir {job} holds another run: go on with it (--resume), clear it (--reset), or choose another --job_dir"
+        )
+    nearest = next(folder for folder in (job.resolve(), *job.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if free < NEEDED_BYTES:
+        raise UserError(
+            f"--job_dir {job}: {free / 1e6:.0f} MB are free on this disk, {NEEDED_BYTES / 1e6:.0f} MB are needed"
+        )
+    job.mkdir(parents=True, exist_ok=True)
+    return state
+
+
+def write_config(config: Config) -> None:
+    """config.json, paths and all: from here on the folder holds a run."""
+    write_json(Path(config.job_dir) / "config.json", config.asdict())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic; NaN is refused."""
+    checkpoint.write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _reset(config: Config, job: Path) -> None:
+    for name in ("source_file", "from_run"):
+        given = getattr(config, name)
+        source = (
+            (Path(config.source_dir) / given if name == "source_file" else Path(given)).resolve() if given else None
+        )
+        if source and job.resolve() in (source, *source.parents):
+            raise UserError(f"--reset would clear {job}, where the source {source} lies: choose another --job_dir")
+    for part in PARTS:
+        path = job / part
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _resume(config: Config, job: Path, say: Any) -> dict[str, Any] | None:
+    path = job / "checkpoint" / "last.pt"
+    if config.resume.lower() not in ("true", "yes"):
+        path = Path(config.resume)
+        path = path / "checkpoint" / "last.pt" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"--resume {config.resume}: no checkpoint there")
+        if (job / "config.json").exists() and job.resolve() not in path.resolve().parents:
+            raise UserError(f"--job_dir {job} holds another run than --resume {path}: choose another --job_dir")
+    if not path.is_file():
+        say(f"--resume: no checkpoint in {job} yet; the run starts anew")
+        _reset(config, job)
+        return None
+    state = checkpoint.read(path, "run")
+    ours, theirs, free = config.asdict(), state["config"], free_names()
+    for name in sorted({*ours, *theirs} - free):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{path}: {name} was {theirs.get(name)}, now it is {ours.get(name)}; a run goes on only with its own settings"
+            )
+    return state
+
+
+# What decides a task's training whatever the lifelong method is; up to the end of task 0 nothing else does.
+_ALWAYS = [
+    "quantizer",
+    "bitW",
+    "abitW",
+    "first_last_bits",
+    "target_model",
+    "shortcut",
+    "loss",
+    "sampler",
+    "num_epochs",
+    "train_batch_size",
+    "lr",
+    "sched",
+    "warmup_epochs",
+    "lr_gamma",
+    "lr_decay_step",
+    "lr_decay_steps",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "image_size",
+    "lt_gamma",
+    "val_fraction",
+    "compile",
+]
+_LATER = ["method", "penalty", "ll_lambda", "replay_rate", "buffer_size"]
+
+
+def fork(config: Config, data_key: str) -> dict[str, Any]:
+    """The state of --from at the end of task ``start_task - 1``. Raises UserError where the two runs differ until then."""
+    run = Path(config.from_run)
+    path = run / "checkpoint" / f"task{config.start_task - 1}.pt"
+    if not path.is_file():
+        raise UserError(
+            f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1}"
+        )
+    state = checkpoint.read(path, "run")
+    ours, theirs = config.asdict(), state["config"]
+    quantizer_flags = [name for name in config.options if name.startswith(config.quantizer + "_")]
+    for name in [*_ALWAYS, *quantizer_flags, *(_LATER if config.start_task > 1 else [])]:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"--from {run}: its {name} is {theirs.get(name)}, this run's {ours.get(name)}: they differ before task {config.start_task}"
+            )
+    for name in (config.method, theirs["method"]):
+        method = registry.method(name)
+        if method.joint:
+            raise UserError(f"--from {run}: {name} trains all tasks at once, it can't be forked")
+        if method.per_step_state and config.method != theirs["method"]:
+            raise UserError(f"--from {run}: {name} gathers state at every step, which the other method lacks")
+    if state["data_key"] != data_key:
+        raise UserError(f"--from {run}: it was trained on other images or tasks")
+    for task in range(config.start_task):
+        shutil.copyfile(run / "checkpoint" / f"task{task}.pt", Path(config.job_dir) / "checkpoint" / f"task{task}.pt")
+    return state

@@ -1,0 +1,112 @@
+"""What a run says: TensorBoard, the text log, the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from lifequant.cli import one_line
+
+
+class Log:
+    """Curves under ``job_dir/run`` (one TensorBoard run a task, so that a chart has one curve a task), ``logger.log``."""
+
+    def __init__(self, job_dir: Path) -> None:
+        self.folder = job_dir / "run"
+        self.file = (job_dir / "logger.log").open("a", encoding="utf-8", buffering=1)
+        self.warnings: list[str] = []
+        self.writers: dict[str, SummaryWriter] = {}
+
+    def say(self, text: str) -> None:
+        """A line on the terminal and in the log."""
+        text = "\n".join(one_line(line) for line in text.split("\n"))
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def warn(self, text: str) -> None:
+        """A line that is also kept for results.json, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.say(f"warning: {text}")
+
+    def writer(self, run: str, purge_step: int | None = None) -> SummaryWriter:
+        """The writer of a run below ``run/``. ``purge_step``: TensorBoard forgets what was written from this step on."""
+        if run not in self.writers:
+            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=purge_step)
+        return self.writers[run]
+
+    def flush(self) -> None:
+        for writer in self.writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+        self.file.close()
+
+    def summary(self, results: dict[str, Any]) -> None:
+        """The accuracy matrix as a picture, and the settings with the final metrics for the hparams tab."""
+        root = self.writer(".")
+        root.add_image("accuracy_matrix", matrix_picture(results["top1"]), len(results["top1"]), dataformats="HWC")
+        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in results["config"].items()}
+        metrics = ("average_accuracy", "average_incremental_accuracy", "forgetting", "bwt", "fwt")
+        root.add_hparams(settings, {f"final/{k}": results[k] for k in metrics if results[k] is not None}, name=".")
+
+
+def matrix_picture(matrix: list[list[float]], cell: int = 72) -> np.ndarray:
+    """uint8 [H, W, 3]: accuracies in percent, a row a trained task, a column a test set; darker is better."""
+    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
+    image = Image.new("RGB", ((len(matrix[0]) + 1) * cell, (len(matrix) + 1) * cell), "white")
+    draw = ImageDraw.Draw(image)
+    for column in range(len(matrix[0])):
+        draw.text(((column + 1.5) * cell, cell / 2), f"test {column}", "black", small, anchor="mm")
+    for row, values in enumerate(matrix):
+        draw.text((cell / 2, (row + 1.5) * cell), f"after {row}", "black", small, anchor="mm")
+        for column, value in enumerate(values):
+            shade = round(255 - 2 * value)
+            left, top = (column + 1) * cell, (row + 1) * cell
+            draw.rectangle((left, top, left + cell - 2, top + cell - 2), (shade, shade, 255))
+            draw.text(
+                (left + cell / 2, top + cell / 2),
+                f"{value:.1f}",
+                "black" if shade > 120 else "white",
+                font,
+                anchor="mm",
+            )
+    return np.asarray(image)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The accuracy matrix with its averages, readable at 80 columns: at most the first 7 and the last task's columns."""
+    matrix, tasks = results["top1"], results["tasks"]
+    shown = list(range(len(tasks))) if len(tasks) <= 8 else [*range(7), len(tasks) - 1]
+    lines = ["top-1 (%)     " + "".join(f"{'test ' + str(tasks[i]['id']):>8}" for i in shown)]
+    for row, values in enumerate(matrix):
+        name = f"after task {tasks[row]['id']}" if len(matrix) == len(tasks) else "after all tasks"
+        lines.append(f"{name:<15.15}"[:14] + "".join(f"{values[i]:8.2f}" for i in shown))
+    masked = results["top1_masked"][-1]
+    lines.append(f"{'task-masked':<14}" + "".join(f"{masked[i]:8.2f}" for i in shown))
+    if len(shown) < len(tasks):
+        lines.append(f"({len(tasks) - len(shown)} columns are not shown; results.json has all)")
+
+    def line(*names: str) -> str:
+        values = ((name, results[name.replace(" ", "_")]) for name in names)
+        return "   ".join(f"{name} {'-' if v is None else format(v, '.2f')}" for name, v in values)
+
+    memory = "  ".join(f"{name} {size / 1000:.1f} kB" for name, size in results["memory_bytes"].items())
+    return "\n".join(
+        [
+            *lines,
+            line("average accuracy", "average accuracy weighted"),
+            line("forgetting", "forgetting rate", "bwt", "fwt"),
+            f"memory: {memory}",
+        ]
+    )

@@ -1,0 +1,58 @@
+"""Task losses: pure functions of logits [N, C], labels [N] and class counts [C] of the current training pool.
+
+p_j is class j's share of what the current task trains on (new data and replay), before any sampler; K is the number of
+classes present; BaLL's rebalancing weight is r_j = 1 / (K p_j + 1), 1 for a class that is absent (LifeQuant, ICCV 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def rebalancing_weights(counts: Tensor) -> Tensor:
+    """r [C] from class counts [C] (float)."""
+    return 1 / ((counts > 0).sum() * counts / counts.sum() + 1)
+
+
+def ce(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """Plain cross entropy."""
+    return F.cross_entropy(logits, y)
+
+
+def ball_prior(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """Cross entropy of phi - log r: the paper's weight as a class prior, so that rare classes are held up at test time."""
+    return F.cross_entropy(logits - rebalancing_weights(counts).log(), y)
+
+
+def ball(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """Cross entropy of phi + s, s_j = r_j softmax(phi)_j: the paper's formula as published. It holds rare classes down."""
+    return F.cross_entropy(logits + rebalancing_weights(counts) * logits.softmax(1), y)
+
+
+def ball_negative(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """``ball`` with its sign turned, for the ablation."""
+    return F.cross_entropy(logits - rebalancing_weights(counts) * logits.softmax(1), y)
+
+
+def balanced_softmax(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """Cross entropy of phi + log p (Ren et al., NeurIPS 2020); a class that is absent takes no part."""
+    return F.cross_entropy(logits + (counts / counts.sum()).log(), y)
+
+
+def class_balanced(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """Cross entropy weighted by (1 - b) / (1 - b^n), b = 0.9999, mean weight 1 over the classes present (Cui et al. 2019)."""
+    present = counts > 0
+    weights = torch.where(present, (1 - 0.9999) / (1 - 0.9999**counts), 0)
+    weights = weights * present.sum() / weights.sum()
+    return (weights[y] * F.cross_entropy(logits, y, reduction="none")).mean()
+
+
+LOSSES: dict[str, Loss] = {
+    f.__name__: f for f in (ce, ball, ball_prior, ball_negative, balanced_softmax, class_balanced)
+}

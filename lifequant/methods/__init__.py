@@ -1,0 +1,1 @@
+"""Lifelong methods: one file each, under the contract of base.py."""

@@ -1,0 +1,113 @@
+"""What a lifelong method is: hooks around THE training step of train.py. The base is no protection; every hook a no-op.
+
+A penalty (lifequant/penalties.py) has the same hooks; where one is chosen it takes the place of the method's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.augment import normalise
+from lifequant.losses import LOSSES
+
+
+class Batch(NamedTuple):
+    """One training batch on the device."""
+
+    x: Tensor  # float32 [N, 3, H, W], augmented and normalised
+    y: Tensor  # int64 [N]
+    is_replay: Tensor  # bool [N]
+    rows: Tensor  # int64 [N], places in the image store
+
+
+@dataclass
+class Task:
+    """What a method may know of a task: training and replay data, never test data."""
+
+    id: int  # its place in the sequence, from 0
+    classes: list[int]  # labels of the new data
+    images: Tensor  # uint8 [all training images of the run, 3, H, W]
+    labels: Tensor  # int64 [all training images of the run]
+    new: Tensor  # int64, rows of the task's own images
+    replay: Tensor  # int64, rows of the stored images of former tasks, none of them in ``new``
+    past: Tensor  # int64, rows of all images of former tasks, stored or not; only to be counted
+    num_classes: int
+    batch_size: int
+    stored: int = 0  # images in the replay store, those that ``new`` has as well included
+    warn: Callable[[str], None] = field(default=lambda text: None)
+    pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
+    counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
+
+    def __post_init__(self) -> None:
+        self.pool = torch.cat([self.new, self.replay])
+        self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y) of these rows, not augmented."""
+        return normalise(self.images[rows]), self.labels[rows]
+
+
+class LifelongMethod:
+    """Base: no protection. ``parts`` are what the method uses unless a flag says otherwise."""
+
+    name = ""
+    help = ""
+    joint = False  # all tasks at once
+    holds_down = False  # has a penalty, which may hold a new task down
+    per_step_state = False  # gathers state at every step, so that a run can't be forked from another method's
+    parts: ClassVar[dict[str, Any]] = {
+        "quantizer": "lsq",
+        "loss": "ce",
+        "sampler": "uniform",
+        "penalty": "none",
+        "replay": False,
+    }
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.loss = LOSSES[config.loss]
+        self.counts: Tensor | None = None
+
+    @staticmethod
+    def add_args(group: argparse._ArgumentGroup) -> None:
+        """Add the method's own flags, spelt ``--<name>_<option>``."""
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """Before a task's first step; ``model`` is as the former task left it."""
+        if self.counts is None:
+            self.counts = torch.empty_like(task.counts)
+        self.counts.copy_(task.counts)  # in place, so that a compiled step goes on with it
+
+    def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss of [N, C] logits."""
+        return self.loss(logits, batch.y, self.counts)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Scalar, before lambda; zero where there is none."""
+        return next(model.parameters()).new_zeros(())
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Gradients are there, the step is not yet done."""
+
+    def after_step(self, model: nn.Module, lr_ratio: float) -> None:
+        """The step is done; ``lr_ratio`` is the learning rate over its highest value."""
+
+    def end_task(self, model: nn.Module, task: Task) -> None:
+        """After a task's last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; what a resumed run needs."""
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = state["counts"]
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes kept between tasks beside model and replay: ``importance`` and ``reference``."""
+        return {}

@@ -1,0 +1,10 @@
+"""Experience replay (ER): stored images of former tasks join the training pool, plain loss."""
+
+from lifequant.methods.base import LifelongMethod
+from lifequant.registry import register
+
+
+@register("method", "replay")
+class Replay(LifelongMethod):
+    help = "experience replay with the plain loss"
+    parts = LifelongMethod.parts | {"replay": True}

@@ -1,0 +1,182 @@
+"""ProxQ's penalty in its forms: the squared distance of the quantized weights from those at the end of the former task,
+weighted by the expected squared gradient, L_Prox = E ||(w_t^q - w_s^q) dL/dw^q||^2 (LifeQuant, ICCV 2023).
+
+The expectation is over replay data, never over test data. A penalty has the hooks of a lifelong method.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.importance import at_quantized_weights, conv_weights, per_batch, per_sample
+from lifequant.methods.base import LifelongMethod, Task
+from lifequant.quantizers.base import FakeQuant
+from lifequant.quantizers.layers import packed_bytes, weight_layers
+
+
+class Anchored(LifelongMethod):
+    """Sum of importance * (w - anchor)^2. A form says what w is, and estimates the importance at a task's begin.
+
+    Importance and anchor are allocated at the first task, as zeros, and then written in place: a compiled step needs no
+    second compilation.
+    """
+
+    holds_down = True
+    default_lambda = 0.0
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.importance: dict[str, Tensor] = {}
+        self.anchor: dict[str, Tensor] = {}
+        self.anchor_bytes = 0
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """What is held near its former value: here the quantized convolution weights."""
+        return {
+            name: layer.weight_quant(layer.weight) for name, layer in weight_layers(model) if layer.weight.dim() == 4
+        }
+
+    def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
+        """Importances at the former task's weights, all factors but lambda included; None for no penalty."""
+        raise NotImplementedError
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        with torch.no_grad():
+            values = self.values(model)
+        if not self.anchor:
+            self.importance = {name: torch.zeros_like(v) for name, v in values.items()}
+            self.anchor = {name: v.detach().clone() for name, v in values.items()}
+            self.anchor_bytes = sum(packed_bytes(layer) for _, layer in weight_layers(model) if layer.weight.dim() == 4)
+        estimate = self.estimate(model, task) if task.id > 0 else None
+        with torch.no_grad():
+            for name, value in values.items():
+                self.importance[name].copy_(estimate[name] if estimate else torch.zeros_like(value))
+                self.anchor[name].copy_(value)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        values = self.values(model)
+        return sum((self.importance[name] * (v - self.anchor[name]).square()).sum() for name, v in values.items())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"importance": self.importance, "anchor": self.anchor, "anchor_bytes": self.anchor_bytes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.importance, self.anchor, self.anchor_bytes = state["importance"], state["anchor"], state["anchor_bytes"]
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Importances as held (float32), the anchor at the bit-width of what it repeats."""
+        importance = sum(f.numel() * f.element_size() for f in self.importance.values())
+        return {"importance": importance, "reference": self.anchor_bytes}
+
+
+class ProxQ(Anchored):
+    """(kappa_t / 2) sum_i F_i (w_i^q - w_{s,i}^q)^2: the Laplace reading, in which the penalty stands for missing data.
+
+    F per sample, in eval mode, at w_s, on replay of the classes that the new task no longer has, clipped at the
+    layer's 99.9 % quantile. kappa_t = (images of those classes that are gone) / (images in the pool).
+    """
+
+    default_lambda = 30.0
+
+    def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
+        fisher, kappa = fisher_of_gone_classes(model, task)
+        return fisher and {name: f.clamp(max=f.flatten().quantile(0.999)) * (kappa / 2) for name, f in fisher.items()}
+
+
+class ProxQStep(Anchored):
+    """A proximal step after SGD's, in the space of codes, stable for any strength k = lambda.
+
+    With u the real-valued code and r the former integer code, d = u - r: |d| <- min(|d|, 1/2) + max(|d| - 1/2, 0) /
+    (1 + k (eta_t / eta_0) Fn), Fn = F over its layer's mean, clipped at 10. Movement that changes no code is free.
+    """
+
+    default_lambda = 0.1
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: layer.weight_quant.codes(layer.weight).float() for name, layer in self._layers(model)}
+
+    @staticmethod
+    def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+        return [
+            (name, layer)
+            for name, layer in weight_layers(model)
+            if layer.weight.dim() == 4 and isinstance(layer.weight_quant, FakeQuant)
+        ]
+
+    def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
+        fisher, _ = fisher_of_gone_classes(model, task)
+        return fisher and {name: (f / f.mean().clamp(min=1e-30)).clamp(max=10) for name, f in fisher.items()}
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        return LifelongMethod.penalty(self, model)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr_ratio: float) -> None:
+        strength = self.config.ll_lambda * lr_ratio
+        for name, layer in self._layers(model):
+            weight, quant = layer.weight, layer.weight_quant
+            d = quant.into_codes(weight) - self.anchor[name]
+            size = d.abs()
+            beyond = (size - 0.5).clamp(min=0) / (1 + strength * self.importance[name])
+            u = self.anchor[name] + d.sign() * (size.clamp(max=0.5) + beyond)
+            moved = (beyond > 0) & (self.importance[name] > 0)
+            weight.copy_(torch.where(moved, quant.latent(u, weight), weight))
+
+
+class ProxQPaper(Anchored):
+    """The published estimate (squared gradients of batch means, all replay data, no factor) with the paper's distance,
+    that of the quantized weights."""
+
+    default_lambda = 100.0
+
+    def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
+        if not replay_there(task, len(task.replay)):
+            return None
+        net = at_quantized_weights(model)
+        return per_batch(net, conv_weights(net), *task.batch(task.replay), task.batch_size)
+
+
+class ProxQPublished(Anchored):
+    """The authors' code: lambda sum F (w - w_s)^2 over all named parameters, latent; F of batch means on replay data."""
+
+    default_lambda = 100.0
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: p for name, p in model.named_parameters() if p.dim() > 0}  # step sizes are scalars
+
+    def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
+        if not replay_there(task, len(task.replay)):
+            return None
+        training = model.training
+        model.eval()
+        importance = per_batch(model, self.values(model), *task.batch(task.replay), task.batch_size)
+        model.train(training)
+        return importance
+
+    def memory_bytes(self) -> dict[str, int]:
+        latent = sum(a.numel() * a.element_size() for a in self.anchor.values())
+        return super().memory_bytes() | {"reference": latent}
+
+
+def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tensor] | None, float]:
+    """(per-sample F on replay of the classes that the new task no longer has, kappa), or (None, 0) if there are none."""
+    current = torch.zeros(task.num_classes, dtype=torch.bool, device=task.labels.device)
+    current[task.classes] = True
+    rows = task.replay[~current[task.labels[task.replay]]]
+    missing = int((~current[task.labels[task.past]]).sum()) - len(rows)
+    if missing == 0 or not replay_there(task, len(rows)):
+        return None, 0.0
+    return per_sample(at_quantized_weights(model), *task.batch(rows)), missing / len(task.pool)
+
+
+def replay_there(task: Task, images: int) -> bool:
+    """Whether there is replay data to estimate from; warns if not."""
+    if images == 0:
+        task.warn(f"task {task.id}: no replay image to estimate the penalty's importances from: the penalty is 0")
+    return images > 0
+
+
+PENALTIES = {"proxq": ProxQ, "proxq_step": ProxQStep, "proxq_paper": ProxQPaper, "proxq_published": ProxQPublished}

@@ -1,0 +1,45 @@
+"""A trained model, ready to predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor, nn
+
+from lifequant import checkpoint
+from lifequant.augment import normalise
+from lifequant.errors import UserError
+from lifequant.images import as_pixels
+from lifequant.options import Config
+
+
+def load(job_dir: str | Path) -> nn.Module:
+    """The model of a run, in eval mode, with ``class_names`` (list of str) and ``preprocess`` (image -> input).
+
+    ``job_dir`` is a run's folder or a model_best.pt. ``model.preprocess(image)`` takes a path or a PIL image and gives
+    float32 [1, 3, size, size], as in training. Raises UserError.
+
+    >>> model = lifequant.load("experiment/quickstart/ours")  # doctest: +SKIP
+    >>> model.class_names[model(model.preprocess("seven.png")).argmax()]  # doctest: +SKIP
+    """
+    path = Path(job_dir)
+    path = path / "model_best.pt" if path.is_dir() else path
+    found = checkpoint.find_model(path)
+    if found is None:
+        raise UserError(f"{path}: no such model; a run writes it at its end")
+    state = checkpoint.read(found, "model")
+    settings = {k: v for k, v in state["config"].items() if k not in state["options"]}
+    config = Config(**settings, options=state["options"])
+    model = checkpoint.build(config, len(state["class_names"]))
+    checkpoint.load_strictly(found, model, state["model"])
+    size = state["preprocessing"]["image_size"]
+
+    def preprocess(image: str | Path | Image.Image) -> Tensor:
+        if isinstance(image, Image.Image):
+            return normalise(as_pixels(image, size)[0][None])
+        with Image.open(image) as opened:
+            return normalise(as_pixels(opened, size)[0][None])
+
+    model.class_names, model.preprocess = state["class_names"], preprocess
+    return model.eval()

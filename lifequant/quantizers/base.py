@@ -1,0 +1,105 @@
+"""What a quantizer is.
+
+A Quantizer is a family ("lsq"): it makes the fake-quantizers of one network, one module a tensor. A FakeQuant maps a
+float tensor to one of at most 2^bits values and lets the gradient through by the straight-through estimator:
+
+    u = into_codes(x);  q = round(clamp(u, qn, qp));  x_q = from_codes(q, x)
+
+Only plain operations and no branch on data, so that torch.compile takes a whole network in one graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STEP_FLOOR = 1e-6  # a step below it is a failure of the run, which reports it; without it a negative step flips signs
+BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 32)
+
+
+def round_ste(u: Tensor) -> Tensor:
+    """Round to nearest (ties to even), gradient of the identity. Exact: u + (round(u) - u) has no rounding error."""
+    return u + (u.round() - u).detach()
+
+
+def scale_gradient(parameter: Tensor, factor: float) -> Tensor:
+    """The parameter's value, bit for bit, with its gradient times ``factor`` (LSQ, Esser et al. 2020, sec. 2.2)."""
+    scaled = parameter * factor
+    return parameter.detach() + (scaled - scaled.detach())
+
+
+class FakeQuant(nn.Module):
+    """Base of all fake-quantizers: clamp to [qn, qp], round, both skipped while ``rounding`` is False."""
+
+    def __init__(self, bits: int, qn: int, qp: int) -> None:
+        super().__init__()
+        self.bits, self.qn, self.qp = bits, qn, qp
+        self.rounding = True
+
+    def into_codes(self, x: Tensor) -> Tensor:
+        """Float tensor -> real-valued codes, before clamp and round."""
+        raise NotImplementedError
+
+    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+        """Codes of ``x`` -> the values that the network computes with."""
+        raise NotImplementedError
+
+    def latent(self, u: Tensor, x: Tensor) -> Tensor:
+        """The inverse of ``into_codes``, with the statistics of ``x`` where it uses any."""
+        return self.from_codes(u, x)
+
+    def step(self) -> Tensor:
+        """The distance of two neighbouring values, a scalar."""
+        raise NotImplementedError
+
+    def calibrate(self, x: Tensor) -> None:
+        """Set the step from data, in place, so that an optimizer made before keeps its parameter."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.into_codes(x)
+        if self.rounding:
+            u = round_ste(u.clamp(self.qn, self.qp))
+        return self.from_codes(u, x)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """int16 codes of ``x``, same shape."""
+        return self.into_codes(x).clamp(self.qn, self.qp).round().to(torch.int16)
+
+    def step_parameters(self) -> list[nn.Parameter]:
+        """Parameters that must stay positive and take no weight decay."""
+        return [p for p in self.parameters(recurse=False) if p.requires_grad]
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, codes {self.qn}..{self.qp}"
+
+
+class Quantizer:
+    """A family of fake-quantizers. Subclasses give ``weight_type`` and ``act_type``; 32 bits is nn.Identity.
+
+    Flags of a quantizer are spelt ``--<name>_<option>`` and arrive as keyword arguments ``<option>``.
+    """
+
+    name = ""
+    help = ""
+    weight_type: type[FakeQuant]
+    act_type: type[FakeQuant]
+
+    def __init__(self, **options: Any) -> None:
+        self.weight_options = options
+
+    @staticmethod
+    def add_args(group: argparse._ArgumentGroup) -> None:
+        """Add the quantizer's own flags."""
+
+    def weight(self, bits: int) -> nn.Module:
+        """A module for one weight tensor."""
+        return nn.Identity() if bits == 32 else self.weight_type(bits, **self.weight_options)
+
+    def activation(self, bits: int) -> nn.Module:
+        """A module for one activation tensor, the output of a ReLU."""
+        return nn.Identity() if bits == 32 else self.act_type(bits)

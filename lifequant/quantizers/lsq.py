@@ -1,0 +1,68 @@
+"""Learned Step Size Quantization (Esser et al., ICLR 2020)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, scale_gradient
+from lifequant.registry import register
+
+
+class LSQ(FakeQuant):
+    """v_q = s * round(clamp(v / s, qn, qp)); ds = g * sum dy * {qn, qp, round(v/s) - v/s}, g = 1 / sqrt(N qp) (eq. 1-3).
+
+    N is the number of weights of the tensor, or of features of one image. Initial s = 2 mean|v| / sqrt(qp) (sec. 2.1).
+    """
+
+    def __init__(self, bits: int, qn: int, qp: int) -> None:
+        super().__init__(bits, qn, qp)
+        self.size = nn.Parameter(torch.ones(()))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return scale_gradient(self.size, 1 / math.sqrt(self.features(x) * self.qp))
+
+    @staticmethod
+    def features(x: Tensor) -> int:
+        """N of the gradient's scale."""
+        return x.numel()
+
+    def into_codes(self, x: Tensor) -> Tensor:
+        return x / self._scaled(x)
+
+    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+        return u * self._scaled(x)
+
+    def step(self) -> Tensor:
+        return self.size.detach()
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        self.size.copy_((2 * x.abs().mean() / math.sqrt(self.qp)).clamp(min=STEP_FLOOR))
+
+
+class LSQWeight(LSQ):
+    """Signed: codes -2^(b-1) .. 2^(b-1)-1."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+class LSQActivation(LSQ):
+    """Unsigned, after a ReLU: codes 0 .. 2^b-1."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits, 0, 2**bits - 1)
+
+    @staticmethod
+    def features(x: Tensor) -> int:
+        return x[0].numel()
+
+
+@register("quantizer", "lsq")
+class LSQQuantizer(Quantizer):
+    help = "learned step size (Esser et al., ICLR 2020)"
+    weight_type = LSQWeight
+    act_type = LSQActivation

@@ -1,0 +1,74 @@
+"""ProxQ's projection: weights are quantized in a standard space that is the same for every task (LifeQuant, ICCV 2023).
+
+The penalty that keeps the quantized weights near the former task's is lifequant/penalties.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer
+from lifequant.quantizers.lsq import LSQActivation
+from lifequant.registry import register
+
+# The c with the least squared error for a Gaussian weight; the paper's is 3 at every bit-width (tests recompute these).
+BEST_C = {2: 1.225, 3: 1.95, 4: 2.475, 5: 2.9, 6: 3.27, 8: 3.92}
+
+
+class ProxQWeight(FakeQuant):
+    """w_hat = (alpha/c) (w - mean) / std, quantized uniformly on [-alpha, alpha] with the symmetric codes -qp .. qp.
+
+    The codes depend on (w - mean)/std and c alone. alpha only scales the output (behind a BatchNorm its gradient is 0):
+    calibrate() sets it to c * std, so that the layer starts with its own scale, and it stays. The gradient goes
+    straight through the rounding and truly through mean and std. c is learnt if ``learn_c``.
+    """
+
+    def __init__(self, bits: int, c: float | None = None, learn_c: bool = False) -> None:
+        qp = 2 ** (bits - 1) - 1
+        super().__init__(bits, -qp, qp)
+        self.c = nn.Parameter(torch.tensor(float(c or BEST_C[bits])), requires_grad=learn_c)
+        self.register_buffer("alpha", torch.ones(()))
+
+    def into_codes(self, x: Tensor) -> Tensor:
+        centred = x - x.mean()
+        return centred * (self.qp / (self.c * _std(centred)))
+
+    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+        return u * self.step()
+
+    def latent(self, u: Tensor, x: Tensor) -> Tensor:
+        return x.mean() + u * (self.c * _std(x - x.mean()) / self.qp)
+
+    def step(self) -> Tensor:
+        return self.alpha / self.qp
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        self.alpha.copy_(self.c * _std(x - x.mean()))
+
+
+def _std(centred: Tensor) -> Tensor:
+    """Population standard deviation, never 0 (a constant tensor has codes 0)."""
+    return centred.square().mean().sqrt().clamp(min=STEP_FLOOR)
+
+
+@register("quantizer", "proxq")
+class ProxQQuantizer(Quantizer):
+    help = "weights in ProxQ's standard space (LifeQuant, ICCV 2023), activations as lsq"
+    weight_type = ProxQWeight
+    act_type = LSQActivation
+
+    @staticmethod
+    def add_args(group: argparse._ArgumentGroup) -> None:
+        group.add_argument(
+            "--proxq_c",
+            type=float,
+            metavar="C",
+            help="weights beyond C standard deviations are clipped (default: least squared error, "
+            + ", ".join(f"{c} at {b}" for b, c in BEST_C.items())
+            + " bits; the paper's is 3)",
+        )
+        group.add_argument("--proxq_learn_c", action="store_true", help="learn c from data, per layer")

@@ -1,0 +1,48 @@
+"""Which images are stored for replay, and BaLL's sampler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lifequant.losses import rebalancing_weights
+from lifequant.split import lowest, share_of_each, total_of_each
+
+
+def stored_rows(
+    paths: Sequence[str],
+    labels: Sequence[int],
+    past: Sequence[Sequence[int]],
+    rate: float,
+    buffer: int | None,
+    seed: int,
+) -> list[int]:
+    """Rows kept of former tasks: the same share of every class of each, or ``buffer`` images in all.
+
+    ``past`` has the rows of each former task. The choice goes by rank, so a buffer that shrinks keeps a part of itself.
+    """
+
+    def pick(rows: Sequence[int], keep_of: dict[int, int]) -> list[int]:
+        places = lowest([paths[r] for r in rows], [labels[r] for r in rows], keep_of, seed, "replay")
+        return [rows[place] for place in places]
+
+    if buffer is not None:
+        rows = sorted(set().union(*past)) if past else []
+        return pick(rows, total_of_each(Counter(labels[r] for r in rows), buffer))
+    kept = [pick(rows, share_of_each(Counter(labels[r] for r in rows), rate)) for rows in past]
+    return sorted(set().union(*kept)) if kept else []
+
+
+def epoch_order(labels: Tensor, counts: Tensor, sampler: str, generator: torch.Generator) -> Tensor:
+    """int64 [N], places in the pool in the order of one epoch.
+
+    uniform: a permutation. ball: N draws with replacement, with probability proportional to r of the image's class, so
+    that rare classes come more often.
+    """
+    if sampler == "uniform":
+        return torch.randperm(len(labels), generator=generator)
+    weights = rebalancing_weights(counts.double().cpu())[labels.cpu()]
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)

@@ -1,0 +1,266 @@
+"""From a run's history to results.json. What is undefined is None, never NaN; accuracies are in percent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lifequant import checkpoint, job, metrics
+from lifequant.codes import code_counts, packed_model_bytes
+from lifequant.data import DataSet
+from lifequant.evaluate import evaluate
+from lifequant.files import TOP
+from lifequant.log import table
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant
+from lifequant.quantizers.layers import fake_quants, quantized_weights, weight_layers
+
+if TYPE_CHECKING:
+    from lifequant.train import Run
+
+SCHEMA = 1
+CODE_IMAGES = 256  # training images over which activation codes are counted
+
+
+def new_history() -> dict[str, Any]:
+    """What grows as a run goes on; plain values, so that a checkpoint can hold it."""
+    rows: dict[str, Any] = {
+        name: [] for name in ("top1", "top5", "top1_masked", "quantization_error", "tasks", "training")
+    }
+    return rows | {"baseline": None, "seconds": 0.0, "timed_seconds": 0.0, "timed_images": 0, "memory": {}}
+
+
+def data_key(data: DataSet) -> str:
+    """A hash of the images' names and labels and of the tasks."""
+    parts = (
+        data.class_names,
+        data.train.paths,
+        data.train.labels.tolist(),
+        data.new,
+        data.replay_csv,
+        data.test.paths,
+        data.test_rows,
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class Clock:
+    """Seconds of a run in all, and of its steps; the first step of each task (a compilation, perhaps) is not timed."""
+
+    def __init__(self, history: dict[str, Any]) -> None:
+        self.history, self.mark, self.last = history, time.perf_counter(), None
+        self.checkpoint = self.mark
+
+    def begin_task(self) -> None:
+        self.last = None
+
+    def step(self, images: int) -> None:
+        now = time.perf_counter()
+        if self.last is not None:
+            self.history["timed_seconds"] += now - self.last
+            self.history["timed_images"] += images
+        self.last = now
+
+    def stop(self) -> None:
+        """Add the time since the last call to the run's seconds."""
+        now = time.perf_counter()
+        self.history["seconds"] += now - self.mark
+        self.mark = self.checkpoint = now
+
+    def since_checkpoint(self) -> float:
+        return time.perf_counter() - self.checkpoint
+
+    def images_per_second(self) -> float | None:
+        return self.history["timed_images"] / self.history["timed_seconds"] if self.history["timed_seconds"] else None
+
+
+def step_sums(logits: Tensor, y: Tensor, task_loss: Tensor, penalty: Tensor) -> Tensor:
+    """float32 [5] on the device: task loss, penalty times lambda, top-1 and top-5 hits, images; losses times images."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
+    n = len(y)
+    return torch.stack(
+        [task_loss * n, penalty * n, top[:, 0].sum().float(), top.sum().float(), y.new_tensor(n).float()]
+    )
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """The sums per image; a device synchronisation."""
+    task_loss, penalty, top1, top5, images = sums.tolist()
+    n = max(images, 1)
+    return {"loss": (task_loss + penalty) / n, "task_loss": task_loss / n, "penalty": penalty / n,
+            "top1": 100 * top1 / n, "top5": 100 * top5 / n}  # fmt: skip
+
+
+def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
+    """The means since the last reading: to the curves and the progress bar."""
+    values = means(run.sums)
+    run.sums.zero_()
+    speed = run.clock.images_per_second()
+    for name, value in values.items():
+        curves.add_scalar(f"train/{name}", value, run.step)
+    curves.add_scalar("train/lr", lr, run.step)
+    if speed:
+        curves.add_scalar("speed/images_per_second", speed, run.step)
+    for name, quant in fake_quants(run.model):
+        curves.add_scalar(f"step_size/{name}", quant.step().item(), run.step)
+    bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
+
+
+def end_task(run: Run, task: Any) -> None:
+    """Evaluate after a task: a row of each matrix, curves, histograms, warnings."""
+    history, place = run.history, task.id
+    scores = evaluate(run.model, run.data, run.config.eval_batch_size)
+    for name, row in (
+        ("top1", scores.top1),
+        ("top5", scores.top5),
+        ("top1_masked", scores.masked),
+        ("quantization_error", scores.error),
+    ):
+        history[name].append(row)
+    history["tasks"].append({"train_images": len(task.new), "replay_images": len(task.replay)})
+    history["training"].append(means(run.epoch_sums))
+    history["memory"] = {"replay": task.stored * task.images[0].numel(), "importance": 0, "reference": 0}
+    for hook in run.hooks:
+        for name, size in hook.memory_bytes().items():
+            history["memory"][name] += size
+    for i, id in enumerate(run.data.ids):
+        curves = run.log.writer(f"task{id}")
+        curves.add_scalar("test/top1", scores.top1[i], place)
+        curves.add_scalar("test/top5", scores.top5[i], place)
+        curves.add_scalar("test/top1_masked", scores.masked[i], place)
+    curves = run.log.writer(f"task{run.data.ids[place]}")
+    for name, layer in weight_layers(run.model):
+        curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), run.step)
+        if isinstance(layer.weight_quant, FakeQuant):
+            codes = layer.weight_quant.codes(layer.weight)
+            used = len(codes.unique()) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
+            curves.add_histogram(f"codes/{name}", codes.flatten().cpu().numpy(), run.step)
+            curves.add_scalar(f"codes_used/{name}", used, run.step)
+    warn_of(run, place)
+    accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
+    run.log.say(f"after {'all tasks' if run.method.joint else f'task {run.data.ids[place]}'}, top-1 (%): {accuracies}")
+
+
+def warn_of(run: Run, place: int) -> None:
+    """Warn of a penalty that dwarfs the loss or holds the new task down, and of steps at their floor."""
+    now, first = run.history["training"][-1], run.history["training"][0]
+    remedy = f"a smaller --ll_lambda than {run.config.ll_lambda:g} may do better"
+    if now["penalty"] > now["task_loss"]:
+        run.log.warn(
+            f"task {place}: the penalty ({now['penalty']:.3g}) is larger than the task loss ({now['task_loss']:.3g}): {remedy}"
+        )
+    elif run.guard.holds_down and place > 0 and now["top1"] < 0.8 * first["top1"]:
+        run.log.warn(
+            f"task {place}: training top-1 is {now['top1']:.1f} % where the first task had {first['top1']:.1f} %: "
+            f"the penalty holds the new task down, or the task is harder; {remedy}"
+        )
+    for name, quant in fake_quants(run.model):
+        if quant.step().item() <= STEP_FLOOR:
+            run.log.warn(
+                f"task {place}: the step size of {name} is at its floor: this layer has stopped quantizing sensibly"
+            )
+
+
+def snapshots(run: Run) -> list[dict[str, Tensor]]:
+    """The quantized weights at the end of each task, from the checkpoints that were written then."""
+    folder, found = Path(run.config.job_dir) / "checkpoint", []
+    now = {name: value.clone() for name, value in run.model.state_dict().items()}
+    for place in range(run.num_tasks):
+        run.model.load_state_dict(checkpoint.read(folder / f"task{place}.pt", "run", run.device)["model"])
+        found.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
+    run.model.load_state_dict(now)
+    return found
+
+
+def assemble(run: Run) -> dict[str, Any]:
+    """results.json's content."""
+    history, data = run.history, run.data
+    R = history["top1"]
+    x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method)).batch(task.pool[:CODE_IMAGES])
+    codes = code_counts(run.model, x)
+    for name, (quant, counts) in codes.items():
+        if int((counts > 0).sum()) > 2**quant.bits:
+            raise RuntimeError(f"{name} has {int((counts > 0).sum())} codes, more than {quant.bits} bits have")
+    tests = [len(rows) for rows in data.test_rows]
+    joint = run.method.joint
+    images = history["tasks"] if not joint else [{"train_images": len(rows), "replay_images": 0} for rows in data.new]
+    return {
+        "schema": SCHEMA,
+        "config": run.config.asdict(paths=False),
+        "tasks": [
+            {"id": id, "classes": data.classes(i), **images[i], "test_images": tests[i]}
+            for i, id in enumerate(data.ids)
+        ],
+        "top1": R,
+        "top5": history["top5"],
+        "top1_masked": history["top1_masked"],
+        "average_accuracy": metrics.average_accuracy(R),
+        "average_accuracy_weighted": metrics.average_accuracy_weighted(R, tests),
+        "average_incremental_accuracy": metrics.average_incremental_accuracy(R),
+        "forgetting": metrics.forgetting(R),
+        "forgetting_rate": metrics.forgetting_rate(R),
+        "bwt": metrics.bwt(R),
+        "fwt": metrics.fwt(R, history["baseline"]) if history["baseline"] else None,
+        "space_shift": metrics.space_shift(snapshots(run)),
+        "quantization_error": history["quantization_error"],
+        "max_codes_per_tensor": {name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, c) in codes.items()},
+        "code_histograms": {name: {"first_code": q.qn, "counts": c.tolist()} for name, (q, c) in codes.items()},
+        "memory_bytes": {"packed_model": packed_model_bytes(run.model), **history["memory"]},
+        "seconds": round(history["seconds"], 3),
+        "images_per_second": run.clock.images_per_second(),
+        "warnings": run.log.warnings,
+        "versions": {"torch": torch.__version__, "lifequant": metadata_version(), "commit": commit()},
+    }
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Write model_best.pt and results.json, print the table."""
+    run.clock.stop()
+    results = assemble(run)
+    folder = Path(run.config.job_dir)
+    model = checkpoint.model_state(run.config, run.model, run.data.class_names)
+    for place in (folder, folder / "checkpoint"):
+        checkpoint.write(place / "model_best.pt", model)
+    if not run.config.val_fraction:
+        run.log.say("model_best.pt is the last epoch's model: without --val_fraction no epoch is chosen")
+    run.log.summary(results)
+    most = [(c["codes"], c["bits"], name) for name, c in results["max_codes_per_tensor"].items()]
+    if most:
+        ok = sum(codes <= 2**bits for codes, bits, _ in most)
+        run.log.say(f"codes: {ok} of {len(most)} quantized tensors use at most 2^bits values")
+    run.log.say(table(results))
+    job.write_json(folder / "results.json", results)
+    return results
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """results.json of a finished run, None where there is none."""
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def metadata_version() -> str:
+    try:
+        return metadata.version("lifequant")
+    except metadata.PackageNotFoundError:  # a bare clone
+        return "not installed"
+
+
+def commit() -> str | None:
+    """The clone's commit, "+" behind it where files differ from it; None in an installed wheel."""
+    if TOP is None:
+        return None
+    try:
+        words = ["git", "-C", str(TOP), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,314 @@
+"""run(config): the task loop and THE training step.
+
+All that is random comes from a generator seeded by (seed, purpose, task, epoch or step), so a run's state is a place in
+it: the task and the number of steps done. A run that is killed and resumed draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lifequant import checkpoint, data, job, registry, results
+from lifequant.augment import crop_and_flip, normalise
+from lifequant.device import pick_device, wants_compile
+from lifequant.errors import UserError
+from lifequant.evaluate import Scores, evaluate, validation_top1
+from lifequant.log import Log, table
+from lifequant.methods.base import Batch, LifelongMethod, Task
+from lifequant.options import Config
+from lifequant.penalties import PENALTIES
+from lifequant.quantizers.base import STEP_FLOOR
+from lifequant.quantizers.layers import calibrate, fake_quants
+from lifequant.replay import epoch_order
+from lifequant.schedule import lr_factor
+
+CALIBRATION_IMAGES = 256
+
+
+def generator(*purpose: int | str) -> torch.Generator:
+    """A CPU generator whose stream depends on ``purpose`` alone."""
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class Run:
+    """A run's state: what a checkpoint holds, and what is built anew from the config."""
+
+    def __init__(self, config: Config, log: Log, device: torch.device, dataset: data.DataSet) -> None:
+        self.config, self.log, self.device, self.data = config, log, device, dataset
+        self.model = checkpoint.build(config, dataset.num_classes).to(device)
+        self.method: LifelongMethod = registry.method(config.method)(config)
+        self.guard = PENALTIES[config.penalty](config) if config.penalty != "none" else self.method
+        self.num_tasks = 1 if self.method.joint else len(dataset.ids)
+        self.place = self.step = 0  # task, and steps done in it
+        self.optimizer = self.make_optimizer()
+        self.sums = torch.zeros(5, device=device)  # results.step_sums since the last reading
+        self.epoch_sums = torch.zeros(5, device=device)  # since the epoch's begin
+        self.best: dict[str, Any] = {}  # of the task, with --val_fraction
+        self.history = results.new_history()
+        self.clock = results.Clock(self.history)
+        self.losses = self.compute_losses
+
+    @property
+    def hooks(self) -> list[LifelongMethod]:
+        return [self.method] if self.guard is self.method else [self.method, self.guard]
+
+    def make_optimizer(self) -> torch.optim.SGD:
+        """SGD, anew for each task; step sizes are in a group of their own, without weight decay."""
+        steps = {id(p) for _, quant in fake_quants(self.model) for p in quant.step_parameters()}
+        learnt = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in learnt if id(p) not in steps], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in learnt if id(p) in steps], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.SGD(groups, lr=self.config.lr, momentum=self.config.momentum, foreach=True)
+
+    def compute_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, task loss, penalty before lambda): the part of the step that torch.compile takes whole."""
+        logits = self.model(batch.x)
+        return logits, self.method.task_loss(logits, batch), self.guard.penalty(self.model)
+
+    def state(self) -> dict[str, Any]:
+        self.clock.stop()
+        return {
+            "kind": "run",
+            "config": self.config.asdict(),
+            "data_key": results.data_key(self.data),
+            "place": self.place,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "penalty": None if self.guard is self.method else self.guard.state_dict(),
+            "sums": self.sums,
+            "epoch_sums": self.epoch_sums,
+            "best": self.best,
+            "history": self.history,
+            "warnings": self.log.warnings,
+        }
+
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        if state["data_key"] != results.data_key(self.data):
+            raise UserError(f"{path}: it was trained on other images or tasks than the task CSVs name now")
+        checkpoint.load_strictly(path, self.model, state["model"])
+        self.place, self.step, self.best = state["place"], state["step"], state["best"]
+        self.history, self.log.warnings = state["history"], list(state["warnings"])
+        self.clock = results.Clock(self.history)
+        self.sums.copy_(state["sums"])
+        self.epoch_sums.copy_(state["epoch_sums"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        if self.guard is not self.method:
+            self.guard.load_state_dict(state["penalty"])
+
+
+def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Generator) -> Batch:
+    """Batch ``index`` of an epoch, augmented on the device. The last one is filled up from the epoch's begin."""
+    places = order[torch.arange(index * size, (index + 1) * size) % len(order)].to(task.images.device)
+    rows = task.pool[places]
+    images = crop_and_flip(task.images[rows], noise)
+    return Batch(normalise(images), task.labels[rows], places >= len(task.new), rows)
+
+
+def train_task(run: Run, task: Task) -> None:
+    """Train on one task, from ``run.step`` steps on. THE training step is the inner loop."""
+    config, model, log = run.config, run.model, run.log
+    size = min(config.train_batch_size, len(task.pool))
+    steps_per_epoch = -(-len(task.pool) // size)
+    steps = config.num_epochs * steps_per_epoch
+    step_sizes = [p for _, quant in fake_quants(model) for p in quant.step_parameters()]
+    curves = log.writer(f"task{run.data.ids[task.id]}", purge_step=run.step)
+    order = None
+    run.clock.begin_task()
+    bar = tqdm(
+        total=steps, initial=run.step, desc=f"task {run.data.ids[task.id]}", unit=" steps", leave=False, disable=None
+    )
+    model.train()
+    while run.step < steps:
+        epoch, index = divmod(run.step, steps_per_epoch)
+        if index == 0 or order is None:
+            order = epoch_order(
+                task.labels[task.pool], task.counts, config.sampler, generator(config.seed, "order", task.id, epoch)
+            )
+        batch = make_batch(task, order, index, size, generator(config.seed, "augment", task.id, run.step))
+        factor = lr_factor(config, run.step, steps_per_epoch)
+        for group in run.optimizer.param_groups:
+            group["lr"] = config.lr * factor
+        logits, task_loss, penalty = run.losses(batch)
+        penalty = config.ll_lambda * penalty
+        run.optimizer.zero_grad()
+        (task_loss + penalty).backward()
+        for hook in run.hooks:
+            hook.after_backward(model)
+        run.optimizer.step()
+        with torch.no_grad():
+            if step_sizes:  # a negative step would flip signs without a word
+                torch._foreach_clamp_min_(step_sizes, STEP_FLOOR)
+            for hook in run.hooks:
+                hook.after_step(model, factor)
+            sums = results.step_sums(logits, batch.y, task_loss, penalty)
+            run.sums += sums
+            run.epoch_sums = sums if index == 0 else run.epoch_sums + sums
+        run.step += 1
+        run.clock.step(size)
+        bar.update()
+        if run.step % config.print_freq == 0 or run.step == steps:
+            results.read_window(run, curves, bar, config.lr * factor)
+        if run.step % steps_per_epoch == 0:
+            end_epoch(run, task, epoch, curves)
+        if run.clock.since_checkpoint() > config.checkpoint_seconds and run.step < steps:
+            save(run)
+    bar.close()
+
+
+def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
+    """Choose the epoch by held-out training images, where there are any."""
+    rows = sorted(set().union(*run.data.held_out)) if run.method.joint else run.data.held_out[task.id]
+    if not rows:
+        return
+    top1 = validation_top1(run.model, run.data.train, rows, run.config.eval_batch_size)
+    curves.add_scalar("validation/top1", top1, run.step)
+    if not run.best or top1 > run.best["top1"]:
+        weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+        run.best = {"top1": top1, "epoch": epoch, "model": weights}
+
+
+def save(run: Run) -> None:
+    """Write checkpoint/last.pt; TensorBoard's curves are on disk before it, so that none has a gap after a resumption."""
+    run.log.flush()
+    checkpoint.write(Path(run.config.job_dir) / "checkpoint" / "last.pt", run.state())
+
+
+def train_all(run: Run) -> None:
+    """The task loop."""
+    folder = Path(run.config.job_dir) / "checkpoint"
+    while run.place < run.num_tasks:
+        task = run.data.task(run.place, run.config, run.method)
+        task.warn = run.log.warn
+        if run.step == 0:
+            run.optimizer = run.make_optimizer()
+            run.sums.zero_()
+            for hook in run.hooks:
+                hook.begin_task(run.model, task)
+        replay = f" and {len(task.replay)} replay images" if len(task.replay) else ""
+        run.log.say(f"task {run.data.ids[task.id]}: {len(task.classes)} classes, {len(task.new)} training{replay}")
+        train_task(run, task)
+        if run.best:
+            run.log.say(f"the model of epoch {run.best['epoch']} is kept: {run.best['top1']:.2f} % on held-out images")
+            run.model.load_state_dict(run.best["model"])
+            run.best = {}
+        for hook in run.hooks:
+            hook.end_task(run.model, task)
+        results.end_task(run, task)
+        run.place, run.step = run.place + 1, 0
+        checkpoint.write(folder / f"task{run.place - 1}.pt", run.state())
+        save(run)
+
+
+def prepare(run: Run) -> None:
+    """A new run's model: source or random, steps from data; a forked run's state."""
+    config, data = run.config, run.data
+    first = data.task(0, config, run.method)
+    x, _ = first.batch(first.new[torch.linspace(0, len(first.new) - 1, CALIBRATION_IMAGES).long().unique()])
+    calibrate(run.model, x)
+    if not run.method.joint and run.num_tasks > 1:
+        run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
+    if config.pretrained:
+        path = find_source(config)
+        if not checkpoint.load_source(path, config, run.model, data.num_classes):
+            run.log.say(
+                f"source {path}: converted to {config.bitW}-bit weights and {config.abitW}-bit activations ({config.quantizer})"
+            )
+            calibrate(run.model, x)
+    if config.start_task:
+        state = job.fork(config, results.data_key(data))
+        former = state["config"]
+        path = Path(config.from_run)
+        same = all(former[name] == getattr(config, name) for name in ("method", "penalty"))
+        if not same:  # until here they agree; the method's own state is made from the former task, as at its end
+            task = data.task(config.start_task - 1, config, run.method)
+            for hook in run.hooks:
+                hook.begin_task(run.model, data.task(0, config, run.method))
+            checkpoint.load_strictly(path, run.model, state["model"])
+            for hook in run.hooks:
+                hook.end_task(run.model, task)
+            state["method"] = run.method.state_dict()
+            state["penalty"] = None if run.guard is run.method else run.guard.state_dict()
+        run.load(state, path)
+
+
+def find_source(config: Config) -> Path:
+    """The source model's file. Raises UserError with the command that makes it."""
+    path = Path(config.source_dir) / config.source_file
+    found = checkpoint.find_model(path)
+    if found is None:
+        folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
+        data_dir = f" --data_dir {config.data_dir}" if config.data_dir else ""
+        command = f"python main.py --csv_dir {config.csv_dir}{data_dir} --method original --bitW 32 --num_tasks 1 --job_dir {folder}"
+        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {command}")
+    return found
+
+
+def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Train as ``config`` says; leaves config.json, results.json, checkpoints and curves in job_dir. Raises UserError."""
+    device = pick_device(config)
+    if config.pretrained and not config.resume:
+        find_source(config)
+    said = list(notes)
+    dataset = data.load(config, device, said.append)
+    state = job.open_job(config, said.append)
+    log = Log(Path(config.job_dir))
+    try:
+        for line in said:
+            log.say(line)
+        if state and state["place"] >= (1 if registry.method(config.method).joint else len(dataset.ids)):
+            finished = results.read(Path(config.job_dir))
+            if finished:
+                log.say(f"{config.job_dir}: this run is finished\n{table(finished)}")
+                return finished
+        this = Run(config, log, device, dataset)
+        if state:
+            this.load(state, Path(config.job_dir) / "checkpoint" / "last.pt")
+            log.say(f"resumed at task {this.place}, step {this.step}")
+        else:
+            prepare(this)
+            job.write_config(config)
+        total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
+        if wants_compile(config, device, total, log.say):
+            this.losses = torch.compile(this.compute_losses, dynamic=False)
+        train_all(this)
+        return results.finish(this)
+    finally:
+        log.close()
+
+
+def test(config: Config, notes: Sequence[str] = ()) -> Scores:
+    """--test_only: print the accuracies of job_dir's model, or of --source_file's; writes nothing. Raises UserError."""
+    for line in notes:
+        print(line)
+    device = pick_device(config)
+    path = find_source(config) if config.source_file else checkpoint.find_model(Path(config.job_dir) / "model_best.pt")
+    if path is None:
+        raise UserError(f"--test_only: no model_best.pt in --job_dir {config.job_dir}, and no --source_file")
+    dataset = data.load(config, device, print)
+    model = checkpoint.build(config, dataset.num_classes).to(device)
+    if not checkpoint.load_source(path, config, model, dataset.num_classes):
+        raise UserError(
+            f"{path}: its quantizer or bits are others; give those it was trained with (config.json beside it)"
+        )
+    scores = evaluate(model, dataset, config.eval_batch_size, with_error=False)
+    for place, task in enumerate(dataset.ids):
+        print(
+            f"task {task}: top-1 {scores.top1[place]:.2f} %  top-5 {scores.top5[place]:.2f} %  "
+            f"task-masked {scores.masked[place]:.2f} %"
+        )
+    print(f"average accuracy {sum(scores.top1) / len(scores.top1):.2f} %  ({path})")
+    return scores

@@ -1,0 +1,14 @@
+"""Train a quantized ResNet-20 on one task after another; ``--help`` lists the flags. The logic is in lifequant/."""
+
+import sys
+from pathlib import Path
+
+try:
+    import lifequant  # noqa: F401
+except ModuleNotFoundError:  # a clone that was not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lifequant.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main())
