@@ -140,6 +140,7 @@ def fork(config: Config, data_key: str) -> dict[str, Any]:
             raise UserError(f"--from {run}: {name} gathers state at every step, which the other method lacks")
     if state["data_key"] != data_key:
         raise UserError(f"--from {run}: it was trained on other images or tasks")
+    (Path(config.job_dir) / "checkpoint").mkdir(exist_ok=True)
     for task in range(config.start_task):
         shutil.copyfile(run / "checkpoint" / f"task{task}.pt", Path(config.job_dir) / "checkpoint" / f"task{task}.pt")
     return state

@@ -243,6 +243,7 @@ def prepare(run: Run) -> None:
             state["method"] = run.method.state_dict()
             state["penalty"] = None if run.guard is run.method else run.guard.state_dict()
         run.load(state, path)
+        run.log.say(f"begun at task {data.ids[run.place]} with the state of {config.from_run}")
 
 
 def find_source(config: Config) -> Path:
