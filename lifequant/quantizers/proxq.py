@@ -51,8 +51,11 @@ class ProxQWeight(FakeQuant):
 
 
 def _std(centred: Tensor) -> Tensor:
-    """Population standard deviation, never 0 (a constant tensor has codes 0)."""
-    return centred.square().mean().sqrt().clamp(min=STEP_FLOOR)
+    """Population standard deviation, never 0 (a constant tensor has codes 0).
+
+    Bounded before the root, whose gradient at 0 is infinite.
+    """
+    return centred.square().mean().clamp(min=STEP_FLOOR**2).sqrt()
 
 
 @register("quantizer", "proxq")
