@@ -1,0 +1,31 @@
+"""Shared by all tests: nothing is written to the user's folders, and one tiny data set is made once."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+from tiny import Tiny, write_csvs, write_images
+
+# Before torch is imported: on tiny tensors threads only wait for each other, for minutes where others use the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache():
+    """Decoded images are cached in a temporary folder, also by processes that a test starts."""
+    folder, former = tempfile.mkdtemp(prefix="lifequant-cache-"), os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = folder
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+    os.environ.pop("XDG_CACHE_HOME")
+    if former is not None:
+        os.environ["XDG_CACHE_HOME"] = former
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    """Six classes of eight training and four test images; see tiny.py."""
+    top = tmp_path_factory.mktemp("tiny")
+    images = write_images(top / "images")
+    return Tiny(images, write_csvs(images, top / "csvs"), write_csvs(images, top / "csvs3", num_tasks=3, rate=25))
