@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,16 @@ PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoi
 NEEDED_BYTES = 50_000_000  # a run of three tasks: its checkpoints and curves
 
 
-def open_job(config: Config, say: Any) -> dict[str, Any] | None:
-    """Prepare job_dir; returns the state to go on with, None for a new run. Raises UserError."""
+def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Whether job_dir may be used, changing nothing; the state to go on with, None for a new run. Raises UserError."""
     job = Path(config.job_dir)
     if job.exists() and not job.is_dir():
         raise UserError(f"--job_dir {job}: not a folder")
     if config.reset and config.resume:
         raise UserError("--reset and --resume contradict each other: begin anew, or go on")
-    state = None
-    if config.resume:
-        state = _resume(config, job, say)
-    elif config.reset:
-        _reset(config, job)
-    elif (job / "config.json").exists():
+    if config.reset:
+        _spare_sources(config, job)
+    elif not config.resume and (job / "config.json").exists():
         raise UserError(
             f"--job_dir {job} holds another run: go on with it (--resume), clear it (--reset), or choose another --job_dir"
         )
@@ -37,13 +35,24 @@ def open_job(config: Config, say: Any) -> dict[str, Any] | None:
         raise UserError(
             f"--job_dir {job}: {free / 1e6:.0f} MB are free on this disk, {NEEDED_BYTES / 1e6:.0f} MB are needed"
         )
-    job.mkdir(parents=True, exist_ok=True)
-    return state
+    return _resumed(config, job, say) if config.resume else None
 
 
-def write_config(config: Config) -> None:
-    """config.json, paths and all: from here on the folder holds a run."""
-    write_json(Path(config.job_dir) / "config.json", config.asdict())
+def begin(config: Config) -> None:
+    """Clear what another run left (--reset, or one without a checkpoint), take over a fork's past, write config.json."""
+    job = Path(config.job_dir)
+    for part in PARTS:
+        path = job / part
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    (job / "checkpoint").mkdir(parents=True, exist_ok=True)
+    for task in range(config.start_task):
+        shutil.copyfile(task_file(config.from_run, task), task_file(job, task))
+    write_json(job / "config.json", config.asdict())
+
+
+def task_file(job: str | Path, task: int) -> Path:
+    """The checkpoint at the end of a task."""
+    return Path(job) / "checkpoint" / f"task{task}.pt"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -51,20 +60,18 @@ def write_json(path: Path, value: Any) -> None:
     checkpoint.write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _reset(config: Config, job: Path) -> None:
-    for name in ("source_file", "from_run"):
-        given = getattr(config, name)
-        source = (
-            (Path(config.source_dir) / given if name == "source_file" else Path(given)).resolve() if given else None
-        )
-        if source and job.resolve() in (source, *source.parents):
-            raise UserError(f"--reset would clear {job}, where the source {source} lies: choose another --job_dir")
-    for part in PARTS:
-        path = job / part
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+def _spare_sources(config: Config, job: Path) -> None:
+    sources = {
+        "--source_file": config.source_file and Path(config.source_dir) / config.source_file,
+        "--from": config.from_run,
+    }
+    for flag, source in sources.items():
+        path = Path(source).resolve() if source else None
+        if path and job.resolve() in (path, *path.parents):
+            raise UserError(f"--reset would clear {job}, where {flag} {source} lies: choose another --job_dir")
 
 
-def _resume(config: Config, job: Path, say: Any) -> dict[str, Any] | None:
+def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     path = job / "checkpoint" / "last.pt"
     if config.resume.lower() not in ("true", "yes"):
         path = Path(config.resume)
@@ -75,7 +82,6 @@ def _resume(config: Config, job: Path, say: Any) -> dict[str, Any] | None:
             raise UserError(f"--job_dir {job} holds another run than --resume {path}: choose another --job_dir")
     if not path.is_file():
         say(f"--resume: no checkpoint in {job} yet; the run starts anew")
-        _reset(config, job)
         return None
     state = checkpoint.read(path, "run")
     ours, theirs, free = config.asdict(), state["config"], free_names()
@@ -119,7 +125,7 @@ _LATER = ["method", "penalty", "ll_lambda", "replay_rate", "buffer_size"]
 def fork(config: Config, data_key: str) -> dict[str, Any]:
     """The state of --from at the end of task ``start_task - 1``. Raises UserError where the two runs differ until then."""
     run = Path(config.from_run)
-    path = run / "checkpoint" / f"task{config.start_task - 1}.pt"
+    path = task_file(run, config.start_task - 1)
     if not path.is_file():
         raise UserError(
             f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1}"
@@ -140,7 +146,4 @@ def fork(config: Config, data_key: str) -> dict[str, Any]:
             raise UserError(f"--from {run}: {name} gathers state at every step, which the other method lacks")
     if state["data_key"] != data_key:
         raise UserError(f"--from {run}: it was trained on other images or tasks")
-    (Path(config.job_dir) / "checkpoint").mkdir(exist_ok=True)
-    for task in range(config.start_task):
-        shutil.copyfile(run / "checkpoint" / f"task{task}.pt", Path(config.job_dir) / "checkpoint" / f"task{task}.pt")
     return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,18 +18,26 @@ from lifequant.cli import one_line
 class Log:
     """Curves under ``job_dir/run`` (one TensorBoard run a task, so that a chart has one curve a task), ``logger.log``."""
 
-    def __init__(self, job_dir: Path) -> None:
-        self.folder = job_dir / "run"
-        self.file = (job_dir / "logger.log").open("a", encoding="utf-8", buffering=1)
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.file: TextIO | None = None
+        self.early: list[str] = []  # said before the run had a folder
         self.warnings: list[str] = []
         self.writers: dict[str, SummaryWriter] = {}
+
+    def open(self, job_dir: Path) -> None:
+        """From here on, lines and curves go to the run's folder."""
+        self.folder = job_dir / "run"
+        self.file = (job_dir / "logger.log").open("a", encoding="utf-8", buffering=1)
+        self.file.writelines(self.early)
 
     def say(self, text: str) -> None:
         """A line on the terminal and in the log."""
         text = "\n".join(one_line(line) for line in text.split("\n"))
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-        self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        self.file.write(line) if self.file else self.early.append(line)
 
     def warn(self, text: str) -> None:
         """A line that is also kept for results.json, once."""
@@ -50,7 +58,8 @@ class Log:
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
-        self.file.close()
+        if self.file:
+            self.file.close()
 
     def summary(self, results: dict[str, Any]) -> None:
         """The accuracy matrix as a picture, and the settings with the final metrics for the hparams tab."""

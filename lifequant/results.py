@@ -170,10 +170,10 @@ def warn_of(run: Run, place: int) -> None:
 
 def snapshots(run: Run) -> list[dict[str, Tensor]]:
     """The quantized weights at the end of each task, from the checkpoints that were written then."""
-    folder, found = Path(run.config.job_dir) / "checkpoint", []
+    found = []
     now = {name: value.clone() for name, value in run.model.state_dict().items()}
     for place in range(run.num_tasks):
-        run.model.load_state_dict(checkpoint.read(folder / f"task{place}.pt", "run", run.device)["model"])
+        run.model.load_state_dict(checkpoint.read(job.task_file(run.config.job_dir, place), "run", run.device)["model"])
         found.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
     run.model.load_state_dict(now)
     return found

@@ -189,7 +189,6 @@ def save(run: Run) -> None:
 
 def train_all(run: Run) -> None:
     """The task loop."""
-    folder = Path(run.config.job_dir) / "checkpoint"
     while run.place < run.num_tasks:
         task = run.data.task(run.place, run.config, run.method)
         task.warn = run.log.warn
@@ -209,7 +208,7 @@ def train_all(run: Run) -> None:
             hook.end_task(run.model, task)
         results.end_task(run, task)
         run.place, run.step = run.place + 1, 0
-        checkpoint.write(folder / f"task{run.place - 1}.pt", run.state())
+        checkpoint.write(job.task_file(run.config.job_dir, run.place - 1), run.state())
         save(run)
 
 
@@ -261,27 +260,24 @@ def find_source(config: Config) -> Path:
 def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Train as ``config`` says; leaves config.json, results.json, checkpoints and curves in job_dir. Raises UserError."""
     device = pick_device(config)
-    if config.pretrained and not config.resume:
-        find_source(config)
-    said = list(notes)
-    dataset = data.load(config, device, said.append)
-    state = job.open_job(config, said.append)
-    log = Log(Path(config.job_dir))
+    log = Log()
     try:
-        for line in said:
+        for line in notes:
             log.say(line)
-        if state and state["place"] >= (1 if registry.method(config.method).joint else len(dataset.ids)):
-            finished = results.read(Path(config.job_dir))
-            if finished:
-                log.say(f"{config.job_dir}: this run is finished\n{table(finished)}")
-                return finished
+        dataset = data.load(config, device, log.say)
+        state = job.check(config, log.say)
+        num_tasks = 1 if registry.method(config.method).joint else len(dataset.ids)
+        if state and state["place"] == num_tasks and (finished := results.read(Path(config.job_dir))):
+            log.say(f"{config.job_dir}: this run is finished\n{table(finished)}")
+            return finished
         this = Run(config, log, device, dataset)
         if state:
-            this.load(state, Path(config.job_dir) / "checkpoint" / "last.pt")
+            this.load(state, Path(config.resume))
             log.say(f"resumed at task {this.place}, step {this.step}")
         else:
             prepare(this)
-            job.write_config(config)
+            job.begin(config)
+        log.open(Path(config.job_dir))
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say):
             this.losses = torch.compile(this.compute_losses, dynamic=False)

@@ -88,7 +88,13 @@ def main(argv: list[str]) -> int:
 def search_seed(args: argparse.Namespace, work: Path, seed: int, cells: dict) -> None:
     """All runs of a seed: one float model of task 0, one quantized task 0, then every penalty and strength."""
     write_csvs(Path(args.data_dir), work / "csv", args.images_per_class, seed)
-    common = {"csv_dir": work / "csv", "data_dir": args.data_dir, "num_epochs": args.num_epochs, "seed": seed}
+    common = {
+        "csv_dir": work / "csv",
+        "data_dir": args.data_dir,
+        "num_epochs": args.num_epochs,
+        "seed": seed,
+        "compile": "on",
+    }
     run(make(method="original", bitW=32, num_tasks=1, job_dir=work / "float", **common))
     common |= {"method": "ours", "bitW": args.bits, "source_file": work / "float" / "model_best.pt"}
     run(make(penalty="none", job_dir=work / "task0", **common))

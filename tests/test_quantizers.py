@@ -10,6 +10,7 @@ import torch
 from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
+from small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import registry
@@ -189,18 +190,6 @@ def test_best_c(bits):
     stated = {2: (0.191, 0.649), 3: (0.047, 0.084), 4: (0.0129, 0.0157)}
     if bits in stated:
         assert (error(BEST_C[bits]), error(3)) == pytest.approx(stated[bits], rel=0.02)
-
-
-class SmallNet(nn.Module):
-    def __init__(self, scheme: Scheme) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.relu1 = scheme.conv(3, 4, 3, edge=True), nn.BatchNorm2d(4), scheme.relu()
-        self.conv2, self.bn2, self.relu2 = scheme.conv(4, 6, 3, stride=2), nn.BatchNorm2d(6), scheme.relu()
-        self.fc = scheme.linear(6, 5, edge=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))))
-        return self.fc(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize("name", NAMES)
