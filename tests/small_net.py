@@ -1,0 +1,19 @@
+"""A network of two convolutions, quantized, for what needs no ResNet."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lifequant.quantizers.layers import Scheme
+
+
+class SmallNet(nn.Module):
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu1 = scheme.conv(3, 4, 3, edge=True), nn.BatchNorm2d(4), scheme.relu()
+        self.conv2, self.bn2, self.relu2 = scheme.conv(4, 6, 3, stride=2), nn.BatchNorm2d(6), scheme.relu()
+        self.fc = scheme.linear(6, 5, edge=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))))
+        return self.fc(x.mean((2, 3)))
