@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 
@@ -29,6 +30,8 @@ def pick_device(config: Config) -> torch.device:
 
 def wants_compile(config: Config, device: torch.device, steps: int, say: Callable[[str], None]) -> bool:
     """--compile; ``auto`` is a fixed rule of the run's steps, so a resumed run gets the same answer."""
+    if device.type == "cpu":  # torch complains of a CUDA compiler without a CUDA GPU, which is no fault
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if config.compile != "auto":
         return config.compile == "on"
     if steps < COMPILE_FROM_STEPS:
