@@ -80,3 +80,9 @@ def space_shift(snapshots: Sequence[dict[str, Tensor]]) -> dict[str, list[list[f
 
     layers = snapshots[0] if snapshots else {}
     return {name: [[rmse(a[name], b[name]) for b in snapshots] for a in snapshots] for name in layers}
+
+
+def step_change(steps: Sequence[dict[str, float]]) -> dict[str, list[list[float]]]:
+    """{layer: T x T}, relative change of a weight step from the end of task s (row) to that of task t (column)."""
+    layers = steps[0] if steps else {}
+    return {name: [[b[name] / a[name] - 1 for b in steps] for a in steps] for name in layers}

@@ -168,15 +168,17 @@ def warn_of(run: Run, place: int) -> None:
             )
 
 
-def snapshots(run: Run) -> list[dict[str, Tensor]]:
-    """The quantized weights at the end of each task, from the checkpoints that were written then."""
-    found = []
+def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+    """The quantized weights and the weights' steps at the end of each task, from the checkpoints written then."""
+    weights, steps = [], []
     now = {name: value.clone() for name, value in run.model.state_dict().items()}
     for place in range(run.num_tasks):
         run.model.load_state_dict(checkpoint.read(job.task_file(run.config.job_dir, place), "run", run.device)["model"])
-        found.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
+        weights.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
+        quants = {name: layer.weight_quant for name, layer in weight_layers(run.model)}
+        steps.append({name: quant.step().item() for name, quant in quants.items() if isinstance(quant, FakeQuant)})
     run.model.load_state_dict(now)
-    return found
+    return weights, steps
 
 
 def assemble(run: Run) -> dict[str, Any]:
@@ -188,6 +190,7 @@ def assemble(run: Run) -> dict[str, Any]:
     for name, (quant, counts) in codes.items():
         if int((counts > 0).sum()) > 2**quant.bits:
             raise RuntimeError(f"{name} has {int((counts > 0).sum())} codes, more than {quant.bits} bits have")
+    weights, steps = snapshots(run)
     tests = [len(rows) for rows in data.test_rows]
     joint = run.method.joint
     images = history["tasks"] if not joint else [{"train_images": len(rows), "replay_images": 0} for rows in data.new]
@@ -208,7 +211,8 @@ def assemble(run: Run) -> dict[str, Any]:
         "forgetting_rate": metrics.forgetting_rate(R),
         "bwt": metrics.bwt(R),
         "fwt": metrics.fwt(R, history["baseline"]) if history["baseline"] else None,
-        "space_shift": metrics.space_shift(snapshots(run)),
+        "space_shift": metrics.space_shift(weights),
+        "step_change": metrics.step_change(steps),
         "quantization_error": history["quantization_error"],
         "max_codes_per_tensor": {name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, c) in codes.items()},
         "code_histograms": {name: {"first_code": q.qn, "counts": c.tolist()} for name, (q, c) in codes.items()},
