@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--penalties", nargs="+", choices=list(GRID), default=list(GRID), help="forms to search")
     parser.add_argument("--images_per_class", type=whole(10), default=300, help="of which 20 % are held out")
     parser.add_argument("--num_epochs", type=whole(1), default=8, help="epochs a task")
+    parser.add_argument("--train_batch_size", type=whole(2), default=32, help="images a step")
     parser.add_argument("--bits", type=whole(2), default=4, help="of weights and activations")
     parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0], help="seeds to average over")
     args = parser.parse_args(argv)
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
         "# The strength of ProxQ's penalty",
         "",
         f"`{command}`: {args.bits} bits, {args.images_per_class} training images a class of {args.data_dir.rstrip('/').split('/')[-1]}, of which",
-        f"{HELD_OUT:.0%} are held out and scored; {TASKS} disjoint tasks, {args.num_epochs} epochs each, replay 20 %, seeds {args.seeds}.",
+        f"{HELD_OUT:.0%} are held out and scored; {TASKS} disjoint tasks, {args.num_epochs} epochs each, batch {args.train_batch_size}, replay 20 %, seeds {args.seeds}.",
         "No test image was read. In percent, mean over seeds.",
         "",
         "| penalty | lambda | average accuracy | newest task | forgetting |",
@@ -89,6 +90,7 @@ def search_seed(args: argparse.Namespace, work: Path, seed: int, cells: dict) ->
     """All runs of a seed: one float model of task 0, one quantized task 0, then every penalty and strength."""
     write_csvs(Path(args.data_dir), work / "csv", args.images_per_class, seed)
     common = {
+        "train_batch_size": args.train_batch_size,
         "csv_dir": work / "csv",
         "data_dir": args.data_dir,
         "num_epochs": args.num_epochs,
