@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import time
 from importlib import metadata
@@ -16,6 +17,7 @@ from torch import Tensor
 from lifequant import checkpoint, job, metrics
 from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.data import DataSet
+from lifequant.errors import UserError
 from lifequant.evaluate import evaluate
 from lifequant.files import TOP
 from lifequant.log import table
@@ -98,10 +100,20 @@ def means(sums: Tensor) -> dict[str, float]:
             "top1": 100 * top1 / n, "top5": 100 * top5 / n}  # fmt: skip
 
 
+def refuse_divergence(run: Run, value: float) -> None:
+    """Raises UserError where a loss, or what a model says of test images, is not finite."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.place]}, step {run.step}: "
+            "begin anew with a smaller --lr, or a smaller --ll_lambda where there is a penalty"
+        )
+
+
 def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
-    """The means since the last reading: to the curves and the progress bar."""
+    """The means since the last reading: to the curves and the progress bar. Raises UserError where the loss is not finite."""
     values = means(run.sums)
     run.sums.zero_()
+    refuse_divergence(run, values["loss"])
     speed = run.clock.images_per_second()
     for name, value in values.items():
         curves.add_scalar(f"train/{name}", value, run.step)
@@ -117,6 +129,7 @@ def end_task(run: Run, task: Any) -> None:
     """Evaluate after a task: a row of each matrix, curves, histograms, warnings."""
     history, place = run.history, task.id
     scores = evaluate(run.model, run.data, run.config.eval_batch_size)
+    refuse_divergence(run, sum(scores.error))
     for name, row in (
         ("top1", scores.top1),
         ("top5", scores.top5),
