@@ -1,0 +1,68 @@
+# shellcheck shell=bash
+# Sourced by the scripts of this folder. Sets top (the clone's folder) and, in use_environment, python.
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+# Whether a command is a Python of at least 3.10.
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+# Makes .venv at the top, whole or not at all.
+make_environment() {
+    local candidate base=
+    for candidate in python3.11 python3 python3.14 python3.13 python3.12 python3.10 python; do
+        if command -v "$candidate" >/dev/null && new_enough "$candidate"; then
+            base=$candidate
+            break
+        fi
+    done
+    [ -n "$base" ] || fail "Python 3.10 or newer is needed, and none is on the PATH ($(python3 --version 2>&1 || true))"
+    echo "making the environment .venv with $("$base" --version)"
+    if ! "$base" -m venv "$top/.venv" >/dev/null 2>&1; then
+        rm -rf "$top/.venv"
+        fail "$base -m venv failed; on Debian and Ubuntu: sudo apt install python3-venv"
+    fi
+}
+
+# What the installation depends on: pyproject.toml, and where this clone lies.
+fingerprint() {
+    "$python" - "$top" <<'PYTHON'
+import hashlib, pathlib, sys
+
+top = pathlib.Path(sys.argv[1])
+print(hashlib.sha256((top / "pyproject.toml").read_bytes() + bytes(top)).hexdigest())
+PYTHON
+}
+
+# Whether every package that lifequant names, those of its extras included, is there.
+all_present() {
+    "$python" - 2>/dev/null <<'PYTHON'
+import re
+from importlib import metadata
+
+for requirement in metadata.requires("lifequant"):
+    metadata.version(re.match(r"[\w.-]+", requirement)[0])
+PYTHON
+}
+
+# The active virtual environment, else .venv at the top, made where it is missing; installs what is missing or changed.
+use_environment() {
+    local folder=${VIRTUAL_ENV:-$top/.venv} stamp
+    [ -n "${VIRTUAL_ENV:-}" ] || [ -x "$folder/bin/python" ] || make_environment
+    python=$folder/bin/python
+    [ -x "$python" ] || fail "$folder is no virtual environment (it has no bin/python): deactivate it, or delete it"
+    new_enough "$python" || fail "$folder has $("$python" --version 2>&1); Python 3.10 or newer is needed"
+    stamp=$folder/.lifequant-installed
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || ! all_present; then
+        echo "installing lifequant and what it needs into $folder (the first time: minutes)"
+        "$python" -m pip install --disable-pip-version-check -e "${top}[dev,demo,plot]" ||
+            fail "pip could not install what is needed (its message is above)"
+        fingerprint >"$stamp"
+    fi
+}
