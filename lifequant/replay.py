@@ -22,7 +22,8 @@ def stored_rows(
 ) -> list[int]:
     """Rows kept of former tasks: the same share of every class of each, or ``buffer`` images in all.
 
-    ``past`` has the rows of each former task. The choice goes by rank, so a buffer that shrinks keeps a part of itself.
+    ``past`` has the rows of each former task. The buffer is filled task after task, as in a run, by rank: what it holds of
+    an old task is a part of what it held before, since an image that was let go is gone.
     """
 
     def pick(rows: Sequence[int], keep_of: dict[int, int]) -> list[int]:
@@ -30,10 +31,24 @@ def stored_rows(
         return [rows[place] for place in places]
 
     if buffer is not None:
-        rows = sorted(set().union(*past)) if past else []
-        return pick(rows, total_of_each(Counter(labels[r] for r in rows), buffer))
+        stored: list[int] = []
+        seen: set[int] = set()
+        for rows in past:
+            seen.update(rows)
+            pool = sorted({*stored, *rows})
+            stored = pick(pool, _quota(Counter(labels[r] for r in seen), Counter(labels[r] for r in pool), buffer))
+        return stored
     kept = [pick(rows, share_of_each(Counter(labels[r] for r in rows), rate)) for rows in past]
     return sorted(set().union(*kept)) if kept else []
+
+
+def _quota(seen: dict[int, int], there: dict[int, int], total: int) -> dict[int, int]:
+    """``total`` images in all, the same share of every class of those seen, as far as they are still there."""
+    keep = {label: min(n, there[label]) for label, n in total_of_each(seen, total).items()}
+    for _ in range(min(total, sum(there.values())) - sum(keep.values())):  # a class or two lack an image by rounding
+        label = min((label for label in keep if keep[label] < there[label]), key=lambda c: (keep[c] / seen[c], c))
+        keep[label] += 1
+    return keep
 
 
 def epoch_order(labels: Tensor, counts: Tensor, sampler: str, generator: torch.Generator) -> Tensor:
