@@ -25,7 +25,7 @@ def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
         raise UserError("--reset and --resume contradict each other: begin anew, or go on")
     if config.reset:
         _spare_sources(config, job)
-    elif not config.resume and (job / "config.json").exists():
+    elif not config.resume and any((job / part).exists() for part in PARTS):  # begin() clears them all
         raise UserError(
             f"--job_dir {job} holds another run: go on with it (--resume), clear it (--reset), or choose another --job_dir"
         )
