@@ -13,9 +13,11 @@ def train(argv: Sequence[str]) -> int:
     from lifequant import options
 
     config, notes = options.parse(argv)
-    from lifequant.train import run, test
-
-    (test if config.test_only else run)(config, notes)
+    if config.test_only:
+        from lifequant.test_only import test as job
+    else:
+        from lifequant.train import run as job
+    job(config, notes)
     return 0
 
 

@@ -15,21 +15,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lifequant import checkpoint, data, job, registry, results
+from lifequant import checkpoint, data, job, registry, results, start
 from lifequant.augment import crop_and_flip, normalise
 from lifequant.device import pick_device, wants_compile
 from lifequant.errors import UserError
-from lifequant.evaluate import Scores, evaluate, validation_top1
+from lifequant.evaluate import validation_top1
 from lifequant.log import Log, table
 from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.options import Config
 from lifequant.penalties import PENALTIES
 from lifequant.quantizers.base import STEP_FLOOR
-from lifequant.quantizers.layers import calibrate, fake_quants
+from lifequant.quantizers.layers import fake_quants
 from lifequant.replay import epoch_order
 from lifequant.schedule import lr_factor
-
-CALIBRATION_IMAGES = 256
 
 
 def generator(*purpose: int | str) -> torch.Generator:
@@ -48,7 +46,10 @@ class Run:
         self.guard = PENALTIES[config.penalty](config) if config.penalty != "none" else self.method
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
         self.place = self.step = 0  # task, and steps done in it
+        self.hooks = [self.method] if self.guard is self.method else [self.method, self.guard]
+        self.step_sizes = [p for _, quant in fake_quants(self.model) for p in quant.step_parameters()]
         self.optimizer = self.make_optimizer()
+        self.data_key = results.data_key(dataset)
         self.sums = torch.zeros(5, device=device)  # results.step_sums since the last reading
         self.epoch_sums = torch.zeros(5, device=device)  # since the epoch's begin
         self.best: dict[str, Any] = {}  # of the task, with --val_fraction
@@ -56,13 +57,9 @@ class Run:
         self.clock = results.Clock(self.history)
         self.losses = self.compute_losses
 
-    @property
-    def hooks(self) -> list[LifelongMethod]:
-        return [self.method] if self.guard is self.method else [self.method, self.guard]
-
     def make_optimizer(self) -> torch.optim.SGD:
         """SGD, anew for each task; step sizes are in a group of their own, without weight decay."""
-        steps = {id(p) for _, quant in fake_quants(self.model) for p in quant.step_parameters()}
+        steps = {id(p) for p in self.step_sizes}
         learnt = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in learnt if id(p) not in steps], "weight_decay": self.config.weight_decay},
@@ -81,7 +78,7 @@ class Run:
         return {
             "kind": "run",
             "config": self.config.asdict(),
-            "data_key": results.data_key(self.data),
+            "data_key": self.data_key,
             "place": self.place,
             "step": self.step,
             "model": self.model.state_dict(),
@@ -96,7 +93,7 @@ class Run:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        if state["data_key"] != results.data_key(self.data):
+        if state["data_key"] != self.data_key:
             raise UserError(f"{path}: it was trained on other images or tasks than the task CSVs name now")
         checkpoint.load_strictly(path, self.model, state["model"])
         self.place, self.step, self.best = state["place"], state["step"], state["best"]
@@ -118,20 +115,39 @@ def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Ge
     return Batch(normalise(images), task.labels[rows], places >= len(task.new), rows)
 
 
+def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
+    """THE training step, at ``factor`` times the learning rate; returns results.step_sums. No device synchronisation."""
+    model, optimizer = run.model, run.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = run.config.lr * factor
+    logits, task_loss, penalty = run.losses(batch)
+    penalty = run.config.ll_lambda * penalty
+    optimizer.zero_grad()
+    (task_loss + penalty).backward()
+    for hook in run.hooks:
+        hook.after_backward(model)
+    optimizer.step()
+    with torch.no_grad():
+        if run.step_sizes:  # a negative step would flip signs without a word
+            torch._foreach_clamp_min_(run.step_sizes, STEP_FLOOR)
+        for hook in run.hooks:
+            hook.after_step(model, factor)
+        return results.step_sums(logits, batch.y, task_loss, penalty)
+
+
 def train_task(run: Run, task: Task) -> None:
-    """Train on one task, from ``run.step`` steps on. THE training step is the inner loop."""
-    config, model, log = run.config, run.model, run.log
+    """Train on one task, from ``run.step`` steps on."""
+    config = run.config
     size = min(config.train_batch_size, len(task.pool))
     steps_per_epoch = -(-len(task.pool) // size)
     steps = config.num_epochs * steps_per_epoch
-    step_sizes = [p for _, quant in fake_quants(model) for p in quant.step_parameters()]
-    curves = log.writer(f"task{run.data.ids[task.id]}", purge_step=run.step)
+    curves = run.log.writer(f"task{run.data.ids[task.id]}", purge_step=run.step)
     order = None
     run.clock.begin_task()
     bar = tqdm(
         total=steps, initial=run.step, desc=f"task {run.data.ids[task.id]}", unit=" steps", leave=False, disable=None
     )
-    model.train()
+    run.model.train()
     while run.step < steps:
         epoch, index = divmod(run.step, steps_per_epoch)
         if index == 0 or order is None:
@@ -140,23 +156,9 @@ def train_task(run: Run, task: Task) -> None:
             )
         batch = make_batch(task, order, index, size, generator(config.seed, "augment", task.id, run.step))
         factor = lr_factor(config, run.step, steps_per_epoch)
-        for group in run.optimizer.param_groups:
-            group["lr"] = config.lr * factor
-        logits, task_loss, penalty = run.losses(batch)
-        penalty = config.ll_lambda * penalty
-        run.optimizer.zero_grad()
-        (task_loss + penalty).backward()
-        for hook in run.hooks:
-            hook.after_backward(model)
-        run.optimizer.step()
-        with torch.no_grad():
-            if step_sizes:  # a negative step would flip signs without a word
-                torch._foreach_clamp_min_(step_sizes, STEP_FLOOR)
-            for hook in run.hooks:
-                hook.after_step(model, factor)
-            sums = results.step_sums(logits, batch.y, task_loss, penalty)
-            run.sums += sums
-            run.epoch_sums = sums if index == 0 else run.epoch_sums + sums
+        sums = training_step(run, batch, factor)
+        run.sums += sums
+        run.epoch_sums = sums if index == 0 else run.epoch_sums + sums
         run.step += 1
         run.clock.step(size)
         bar.update()
@@ -212,51 +214,6 @@ def train_all(run: Run) -> None:
         save(run)
 
 
-def prepare(run: Run) -> None:
-    """A new run's model: source or random, steps from data; a forked run's state."""
-    config, data = run.config, run.data
-    first = data.task(0, config, run.method)
-    x, _ = first.batch(first.new[torch.linspace(0, len(first.new) - 1, CALIBRATION_IMAGES).long().unique()])
-    calibrate(run.model, x)
-    if not run.method.joint and run.num_tasks > 1:
-        run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
-    if config.pretrained:
-        path = find_source(config)
-        if not checkpoint.load_source(path, config, run.model, data.num_classes):
-            run.log.say(
-                f"source {path}: converted to {config.bitW}-bit weights and {config.abitW}-bit activations ({config.quantizer})"
-            )
-            calibrate(run.model, x)
-    if config.start_task:
-        state = job.fork(config, results.data_key(data))
-        former = state["config"]
-        path = Path(config.from_run)
-        same = all(former[name] == getattr(config, name) for name in ("method", "penalty"))
-        if not same:  # until here they agree; the method's own state is made from the former task, as at its end
-            task = data.task(config.start_task - 1, config, run.method)
-            for hook in run.hooks:
-                hook.begin_task(run.model, data.task(0, config, run.method))
-            checkpoint.load_strictly(path, run.model, state["model"])
-            for hook in run.hooks:
-                hook.end_task(run.model, task)
-            state["method"] = run.method.state_dict()
-            state["penalty"] = None if run.guard is run.method else run.guard.state_dict()
-        run.load(state, path)
-        run.log.say(f"begun at task {data.ids[run.place]} with the state of {config.from_run}")
-
-
-def find_source(config: Config) -> Path:
-    """The source model's file. Raises UserError with the command that makes it."""
-    path = Path(config.source_dir) / config.source_file
-    found = checkpoint.find_model(path)
-    if found is None:
-        folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-        data_dir = f" --data_dir {config.data_dir}" if config.data_dir else ""
-        command = f"python main.py --csv_dir {config.csv_dir}{data_dir} --method original --bitW 32 --num_tasks 1 --job_dir {folder}"
-        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {command}")
-    return found
-
-
 def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Train as ``config`` says; leaves config.json, results.json, checkpoints and curves in job_dir. Raises UserError."""
     device = pick_device(config)
@@ -275,7 +232,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             this.load(state, Path(config.resume))
             log.say(f"resumed at task {this.place}, step {this.step}")
         else:
-            prepare(this)
+            start.prepare(this)
             job.begin(config)
         log.open(Path(config.job_dir))
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
@@ -285,27 +242,3 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         return results.finish(this)
     finally:
         log.close()
-
-
-def test(config: Config, notes: Sequence[str] = ()) -> Scores:
-    """--test_only: print the accuracies of job_dir's model, or of --source_file's; writes nothing. Raises UserError."""
-    for line in notes:
-        print(line)
-    device = pick_device(config)
-    path = find_source(config) if config.source_file else checkpoint.find_model(Path(config.job_dir) / "model_best.pt")
-    if path is None:
-        raise UserError(f"--test_only: no model_best.pt in --job_dir {config.job_dir}, and no --source_file")
-    dataset = data.load(config, device, print)
-    model = checkpoint.build(config, dataset.num_classes).to(device)
-    if not checkpoint.load_source(path, config, model, dataset.num_classes):
-        raise UserError(
-            f"{path}: its quantizer or bits are others; give those it was trained with (config.json beside it)"
-        )
-    scores = evaluate(model, dataset, config.eval_batch_size, with_error=False)
-    for place, task in enumerate(dataset.ids):
-        print(
-            f"task {task}: top-1 {scores.top1[place]:.2f} %  top-5 {scores.top5[place]:.2f} %  "
-            f"task-masked {scores.masked[place]:.2f} %"
-        )
-    print(f"average accuracy {sum(scores.top1) / len(scores.top1):.2f} %  ({path})")
-    return scores
