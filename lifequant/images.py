@@ -30,10 +30,11 @@ def load_images(
     """uint8 [len(paths), 3, size, size], from the cache or decoded now. Raises UserError for what can't be decoded."""
     cached = cache_dir / f"{name}-{_key(root, paths, size)}.npy"
     try:
-        images = np.load(cached, allow_pickle=False)
+        with cached.open("rb") as file:
+            images = np.lib.format.read_array(file, allow_pickle=False)
         if images.shape == (len(paths), 3, size, size) and images.dtype == np.uint8:
             return torch.from_numpy(images)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, MemoryError):
         pass  # not there yet, or broken: it is made anew
     images = _decode_all(root, paths, size, say)
     try:
