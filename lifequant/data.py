@@ -216,10 +216,11 @@ def _long_tail(
 
 
 def _held_out(config: Config, kept: set[str], label_of: dict[str, int]) -> set[str]:
-    """--val_fraction of each class; an image is held out in all tasks or in none."""
+    """--val_fraction of each class, never its last image; an image is held out in all tasks or in none."""
     images = sorted(kept)
     labels = [label_of[image] for image in images]
-    share = share_of_each(Counter(labels), config.val_fraction)
+    counts = Counter(labels)
+    share = {c: min(n, counts[c] - 1) for c, n in share_of_each(counts, config.val_fraction).items()}
     return {images[place] for place in lowest(images, labels, share, config.seed, "validation")}
 
 
