@@ -1,6 +1,6 @@
 """Images/s of the training step: float, lsq at 4 bits, and the whole of ours at 4 bits, each eager and compiled.
 
-Every contender is a real run (train.Run, train.prepare, train.train_task) on random images in memory, so a step is all
+Every contender is a real run (train.Run, start.prepare, train.train_task) on random images in memory, so a step is all
 that a user's step is: sampling, augmentation, forward, loss, penalty, backward, SGD and the running sums. Only the
 curves are left out. ``ours`` is timed in its second task, with replay and the importances that belong to it.
 
@@ -27,7 +27,7 @@ if find_spec("lifequant") is None:  # a bare clone that was not installed
 import torch
 from tqdm import tqdm
 
-from lifequant import data, options, results, train
+from lifequant import data, options, results, start, train
 from lifequant.cli import Parser, run_main, whole
 from lifequant.device import pick_device, wants_compile
 
@@ -101,7 +101,7 @@ def contender(
     )
     device = dataset.train.images.device
     run = train.Run(config, NoLog(), device, dataset)
-    train.prepare(run)
+    start.prepare(run)
     first, task = (dataset.task(place, config, run.method) for place in (0, 1))
     for hook in run.hooks:
         hook.begin_task(run.model, first)
