@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from lifequant.cli import one_line
@@ -48,7 +49,8 @@ class Log:
     def writer(self, run: str, purge_step: int | None = None) -> SummaryWriter:
         """The writer of a run below ``run/``. ``purge_step``: TensorBoard forgets what was written from this step on."""
         if run not in self.writers:
-            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=purge_step)
+            suffix = f".{time.time_ns()}"  # two writers of one second must not write to one file
+            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=purge_step, filename_suffix=suffix)
         return self.writers[run]
 
     def flush(self) -> None:
@@ -63,11 +65,15 @@ class Log:
 
     def summary(self, results: dict[str, Any]) -> None:
         """The accuracy matrix as a picture, and the settings with the final metrics for the hparams tab."""
-        root = self.writer(".")
+        root = self.writer(".", purge_step=0)
         root.add_image("accuracy_matrix", matrix_picture(results["top1"]), len(results["top1"]), dataformats="HWC")
         settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in results["config"].items()}
-        metrics = ("average_accuracy", "average_incremental_accuracy", "forgetting", "bwt", "fwt")
-        root.add_hparams(settings, {f"final/{k}": results[k] for k in metrics if results[k] is not None}, name=".")
+        names = ("average_accuracy", "average_incremental_accuracy", "forgetting", "bwt", "fwt")
+        metrics = {f"final/{name}": results[name] for name in names if results[name] is not None}
+        for part in hparams(settings, metrics):
+            root.file_writer.add_summary(part)
+        for name, value in metrics.items():
+            root.add_scalar(name, value, 0)
 
 
 def matrix_picture(matrix: list[list[float]], cell: int = 72) -> np.ndarray:
@@ -110,12 +116,12 @@ def table(results: dict[str, Any]) -> str:
         values = ((name, results[name.replace(" ", "_")]) for name in names)
         return "   ".join(f"{name} {'-' if v is None else format(v, '.2f')}" for name, v in values)
 
-    memory = "  ".join(f"{name} {size / 1000:.1f} kB" for name, size in results["memory_bytes"].items())
+    memory = "  ".join(f"{name} {size / 1000:.0f}" for name, size in results["memory_bytes"].items())
     return "\n".join(
         [
             *lines,
             line("average accuracy", "average accuracy weighted"),
             line("forgetting", "forgetting rate", "bwt", "fwt"),
-            f"memory: {memory}",
+            f"memory (kB): {memory}",
         ]
     )

@@ -144,7 +144,7 @@ def end_task(run: Run, task: Any) -> None:
         for name, size in hook.memory_bytes().items():
             history["memory"][name] += size
     for i, id in enumerate(run.data.ids):
-        curves = run.log.writer(f"task{id}")
+        curves = run.log.writer(f"task{id}/test", purge_step=place)
         curves.add_scalar("test/top1", scores.top1[i], place)
         curves.add_scalar("test/top5", scores.top5[i], place)
         curves.add_scalar("test/top1_masked", scores.masked[i], place)

@@ -141,7 +141,8 @@ def train_task(run: Run, task: Task) -> None:
     size = min(config.train_batch_size, len(task.pool))
     steps_per_epoch = -(-len(task.pool) // size)
     steps = config.num_epochs * steps_per_epoch
-    curves = run.log.writer(f"task{run.data.ids[task.id]}", purge_step=run.step)
+    first = run.step + 1 if run.step else 0  # what was written at the checkpoint's own step is kept
+    curves = run.log.writer(f"task{run.data.ids[task.id]}", purge_step=first)
     order = None
     run.clock.begin_task()
     bar = tqdm(
