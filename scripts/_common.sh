@@ -22,7 +22,7 @@ make_environment() {
             break
         fi
     done
-    [ -n "$base" ] || fail "Python 3.10 or newer is needed, and none is on the PATH ($(python3 --version 2>&1 || true))"
+    [ -n "$base" ] || fail "Python 3.10 or newer is needed, and none is on the PATH (python3: $(python3 --version 2>/dev/null || echo none))"
     echo "making the environment .venv with $("$base" --version)"
     if ! "$base" -m venv "$top/.venv" >/dev/null 2>&1; then
         rm -rf "$top/.venv"

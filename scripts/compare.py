@@ -15,9 +15,10 @@ from lifequant.cli import Parser, one_line, run_main
 
 MEMORY = ("packed_model", "replay", "importance", "reference")
 LEGEND = """\
-average, masked: mean top-1 over the tasks after the last one, in percent; masked:
-among the task's own classes only. forgetting: points lost since a task's best.
-shift: RMSE of the quantized weights between ends of tasks, mean of layers and pairs."""
+average: mean top-1 over all tasks after the last one, in percent. masked: the
+same, choosing among a task's own classes. forgetting: points lost since a task
+was best. shift: RMSE between the quantized weights at the ends of two tasks,
+mean over layers and pairs of tasks."""
 
 
 def mean_shift(space_shift: dict[str, list[list[float]]]) -> float | None:

@@ -62,8 +62,4 @@ heading "comparison"
 "$python" scripts/compare.py "$out/original" "$out/ours"
 
 heading "curves"
-if [ -n "${VIRTUAL_ENV:-}" ]; then
-    echo "tensorboard --logdir $out"
-else
-    echo ".venv/bin/tensorboard --logdir $out"
-fi
+echo "$(dirname "$python")/tensorboard --logdir $top/$out"
