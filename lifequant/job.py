@@ -25,7 +25,7 @@ def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
         raise UserError("--reset and --resume contradict each other: begin anew, or go on")
     if config.reset:
         _spare_sources(config, job)
-    elif not config.resume and any((job / part).exists() for part in PARTS):  # begin() clears them all
+    elif not config.resume and _holds_run(job):
         raise UserError(
             f"--job_dir {job} holds another run: go on with it (--resume), clear it (--reset), or choose another --job_dir"
         )
@@ -38,16 +38,24 @@ def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
     return _resumed(config, job, say) if config.resume else None
 
 
-def begin(config: Config) -> None:
-    """Clear what another run left (--reset, or one without a checkpoint), take over a fork's past, write config.json."""
+def begin(config: Config, past: Path | None = None, tasks: int = 0) -> None:
+    """Clear what another run left (--reset, or one without a checkpoint), write config.json.
+
+    Of a run that goes on elsewhere (--from, --resume PATH), the former ``tasks`` are copied from ``past``, its checkpoints' folder.
+    """
     job = Path(config.job_dir)
     for part in PARTS:
         path = job / part
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     (job / "checkpoint").mkdir(parents=True, exist_ok=True)
-    for task in range(config.start_task):
-        shutil.copyfile(task_file(config.from_run, task), task_file(job, task))
+    for task in range(tasks):
+        shutil.copyfile(past / f"task{task}.pt", task_file(job, task))
     write_json(job / "config.json", config.asdict())
+
+
+def _holds_run(job: Path) -> bool:
+    """Whether anything is there that ``begin`` would clear."""
+    return any((job / part).exists() for part in PARTS)
 
 
 def task_file(job: str | Path, task: int) -> Path:
@@ -71,15 +79,25 @@ def _spare_sources(config: Config, job: Path) -> None:
             raise UserError(f"--reset would clear {job}, where {flag} {source} lies: choose another --job_dir")
 
 
+def resumed_from(config: Config) -> Path:
+    """The checkpoint that --resume goes on with."""
+    if config.resume.lower() in ("true", "yes"):
+        return Path(config.job_dir) / "checkpoint" / "last.pt"
+    path = Path(config.resume)
+    return path / "checkpoint" / "last.pt" if path.is_dir() else path
+
+
+def moves(config: Config) -> bool:
+    """Whether --resume PATH goes on in another folder than the checkpoint's own."""
+    return Path(config.job_dir).resolve() not in resumed_from(config).resolve().parents
+
+
 def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    path = job / "checkpoint" / "last.pt"
-    if config.resume.lower() not in ("true", "yes"):
-        path = Path(config.resume)
-        path = path / "checkpoint" / "last.pt" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"--resume {config.resume}: no checkpoint there")
-        if (job / "config.json").exists() and job.resolve() not in path.resolve().parents:
-            raise UserError(f"--job_dir {job} holds another run than --resume {path}: choose another --job_dir")
+    path = resumed_from(config)
+    if not path.is_file() and config.resume.lower() not in ("true", "yes"):
+        raise UserError(f"--resume {config.resume}: no checkpoint there")
+    if moves(config) and _holds_run(job):
+        raise UserError(f"--job_dir {job} holds another run than --resume {path}: choose another --job_dir")
     if not path.is_file():
         say(f"--resume: no checkpoint in {job} yet; the run starts anew")
         return None
@@ -90,6 +108,11 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
             raise UserError(
                 f"{path}: {name} was {theirs.get(name)}, now it is {ours.get(name)}; a run goes on only with its own settings"
             )
+    lacking = [task for task in range(state["place"]) if not (path.parent / f"task{task}.pt").is_file()]
+    if lacking:
+        raise UserError(
+            f"{path}: task{lacking[0]}.pt is not beside it: name a checkpoint in the folder that its run wrote"
+        )
     return state
 
 
@@ -122,7 +145,7 @@ _ALWAYS = [
 _LATER = ["method", "penalty", "ll_lambda", "replay_rate", "buffer_size"]
 
 
-def fork(config: Config, data_key: str) -> dict[str, Any]:
+def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
     """The state of --from at the end of task ``start_task - 1``. Raises UserError where the two runs differ until then."""
     run = Path(config.from_run)
     path = task_file(run, config.start_task - 1)
@@ -144,6 +167,7 @@ def fork(config: Config, data_key: str) -> dict[str, Any]:
             raise UserError(f"--from {run}: {name} trains all tasks at once, it can't be forked")
         if method.per_step_state and config.method != theirs["method"]:
             raise UserError(f"--from {run}: {name} gathers state at every step, which the other method lacks")
-    if state["data_key"] != data_key:
+    needed = slice(None) if config.start_task > 1 else slice(1)
+    if state["data_key"][needed] != data_key[needed]:
         raise UserError(f"--from {run}: it was trained on other images or tasks")
-    return state
+    return {**state, "data_key": data_key}

@@ -230,11 +230,14 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             return finished
         this = Run(config, log, device, dataset)
         if state:
-            this.load(state, Path(config.resume))
+            path = job.resumed_from(config)
+            this.load(state, path)
+            if job.moves(config):
+                job.begin(config, path.parent, this.place)
             log.say(f"resumed at task {this.place}, step {this.step}")
         else:
             start.prepare(this)
-            job.begin(config)
+            job.begin(config, Path(config.from_run or "") / "checkpoint", config.start_task)
         log.open(Path(config.job_dir))
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say):
