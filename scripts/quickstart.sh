@@ -33,7 +33,7 @@ heading() {
 }
 
 train() {
-    "$python" resnet-20-cifar-10/main.py --csv_dir "$out/csv" --seed "$seed" --num_epochs 8 --train_batch_size 64 \
+    "$python" resnet-20-cifar-10/main.py --csv_dir "$out/csv" --seed "$seed" --num_epochs 12 --train_batch_size 64 \
         --resume "$@" || {
         local code=$?
         [ $code -ne 2 ] || echo "(to begin anew, delete $out)" >&2
