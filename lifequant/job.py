@@ -99,6 +99,11 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
     if moves(config) and _holds_run(job):
         raise UserError(f"--job_dir {job} holds another run than --resume {path}: choose another --job_dir")
     if not path.is_file():
+        for part in ("results.json", "model_best.pt"):
+            if (job / part).exists():
+                raise UserError(
+                    f"--resume: {job} has {part}, but no checkpoint to go on with: clear it (--reset), or choose another --job_dir"
+                )
         say(f"--resume: no checkpoint in {job} yet; the run starts anew")
         return None
     state = checkpoint.read(path, "run")
