@@ -223,9 +223,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
 
 
 def make(**settings: Any) -> Config:
-    """A Config from Python: ``make(method="ours", bitW=4, csv_dir=...)``, checked as the command line is."""
+    """A Config from Python: ``make(method="ours", bitW=4, csv_dir=...)``, checked as the command line is; None is not given."""
     argv: list[str] = []
     for name, value in settings.items():
+        if value is None:
+            continue
         values = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
         argv += ["--from" if name == "from_run" else "--" + name, *values]
     return parse(argv)[0]

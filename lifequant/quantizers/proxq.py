@@ -10,6 +10,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
+from lifequant.cli import boolean, real
 from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer
 from lifequant.quantizers.lsq import LSQActivation
 from lifequant.registry import register
@@ -29,7 +30,7 @@ class ProxQWeight(FakeQuant):
     def __init__(self, bits: int, c: float | None = None, learn_c: bool = False) -> None:
         qp = 2 ** (bits - 1) - 1
         super().__init__(bits, -qp, qp)
-        self.c = nn.Parameter(torch.tensor(float(c or BEST_C[bits])), requires_grad=learn_c)
+        self.c = nn.Parameter(torch.tensor(float(BEST_C[bits] if c is None else c)), requires_grad=learn_c)
         self.register_buffer("alpha", torch.ones(()))
 
     def into_codes(self, x: Tensor) -> Tensor:
@@ -68,10 +69,17 @@ class ProxQQuantizer(Quantizer):
     def add_args(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
             "--proxq_c",
-            type=float,
+            type=real(above=0),
             metavar="C",
             help="weights beyond C standard deviations are clipped (default: least squared error, "
             + ", ".join(f"{c} at {b}" for b, c in BEST_C.items())
             + " bits; the paper's is 3)",
         )
-        group.add_argument("--proxq_learn_c", action="store_true", help="learn c from data, per layer")
+        group.add_argument(
+            "--proxq_learn_c",
+            type=boolean,
+            nargs="?",
+            const=True,
+            metavar="BOOL",
+            help="learn c from data, per layer (default: False)",
+        )
