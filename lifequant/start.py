@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,10 @@ def find_source(config: Config) -> Path:
     found = checkpoint.find_model(path)
     if found is None:
         folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-        data_dir = f" --data_dir {config.data_dir}" if config.data_dir else ""
-        command = f"python main.py --csv_dir {config.csv_dir}{data_dir} --method original --bitW 32 --num_tasks 1 --job_dir {folder}"
-        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {command}")
+        words = ["python", "main.py", "--csv_dir", config.csv_dir]
+        for name in ("data_dir", "dataset", "num_classes", "image_size", "target_model", "shortcut"):
+            if (value := getattr(config, name)) != getattr(Config, name):
+                words += [f"--{name}", str(value)]
+        words += ["--method", "original", "--bitW", "32", "--num_tasks", "1", "--job_dir", str(folder)]
+        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {shlex.join(words)}")
     return found
