@@ -1,0 +1,170 @@
+"""From words to settings: spellings of the original, what follows from what, the set of flags."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lifequant import options
+from lifequant.errors import UserError
+
+# (typed, lifelong method, quantizer, loss, sampler)
+SPELLINGS = [
+    ("", "ours", "proxq", "ball_prior", "ball"),
+    ("--method ours", "ours", "proxq", "ball_prior", "ball"),
+    ("--method lifeq", "ours", "proxq", "ball_prior", "ball"),
+    ("--method life_q --ll_method ours --balanced True", "ours", "proxq", "ball_prior", "ball"),
+    ("--method life_q --ll_method original", "original", "proxq", "ce", "uniform"),
+    ("--method lsq --ll_method ours", "ours", "lsq", "ball_prior", "ball"),
+    ("--method=proxq --ll_method=replay", "replay", "proxq", "ce", "uniform"),
+    ("--method replay", "replay", "lsq", "ce", "uniform"),
+    ("--method original --ll_method original", "original", "lsq", "ce", "uniform"),
+    ("--method joint --quantizer proxq", "joint", "proxq", "ce", "uniform"),
+    ("--method ours --quantizer lsq", "ours", "lsq", "ball_prior", "ball"),
+    ("--balanced False", "ours", "proxq", "ce", "uniform"),
+    ("--balanced false --loss ball", "ours", "proxq", "ball", "uniform"),
+    ("--method ours --preset paper", "ours", "proxq", "ball", "ball"),
+]
+
+
+@pytest.mark.parametrize(("typed", "method", "quantizer", "loss", "sampler"), SPELLINGS)
+def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
+    config, _ = options.parse(typed.split())
+    assert (config.method, config.ll_method, config.quantizer) == (method, method, quantizer)
+    assert (config.loss, config.sampler) == (loss, sampler)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--method lsq", ["names a quantizer", "--ll_method"]),
+        ("--method life_q --quantizer lsq", ["two quantizers"]),
+        ("--method ours --ll_method replay", ["two lifelong methods"]),
+        ("--method repaly", ["unknown method", "did you mean 'replay'"]),
+        ("--method lif_q", ["unknown method", "did you mean 'life_q'"]),
+        ("--method life_q --ll_method our", ["unknown method", "did you mean 'ours'"]),
+        ("--quantizer prox", ["unknown quantizer", "did you mean 'proxq'"]),
+        ("--target_model resnet21", ["unknown model", "did you mean 'resnet20'"]),
+        ("--source_model resnet56", ["--source_model resnet56 does not fit"]),
+        ("--preset paper --method replay", ["--preset paper"]),
+        ("--num_epoch 3", ["unknown flag --num_epoch", "did you mean '--num_epochs'"]),
+        ("--method replay --proxq_c 3", ["unknown flag --proxq_c"]),
+        ("--lr 0.1 0.2", ["unexpected argument '0.2'"]),
+        ("--pretrained True", ["--source_file"]),
+        ("--start_task 1", ["--from"]),
+        ("--from x", ["--start_task"]),
+        ("--balanced maybe", ["--balanced", "neither True nor False"]),
+        ("--lr_decay_steps 10,x", ["--lr_decay_steps", "'x'"]),
+        *((f"--bitW {bits}", ["--bitW"]) for bits in ("1", "7", "16", "4.5")),
+        *((f"--lr {lr}", ["--lr", "finite number above 0"]) for lr in ("-0.1", "0", "nan", "inf", "fast")),
+        ("--proxq_c -1", ["--proxq_c"]),
+        ("--ll_lambda nan", ["--ll_lambda"]),
+        ("--replay_rate 120", ["--replay_rate"]),
+        ("--num_tasks 0", ["--num_tasks"]),
+    ],
+)
+def test_refused(typed, words):
+    with pytest.raises(UserError) as error:
+        options.parse(typed.split())
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_pretrained():
+    """True where --source_file is given, unless said otherwise."""
+    assert options.make().pretrained is False
+    assert options.make(source_file="model.pt").pretrained is True
+    assert options.make(source_file="model.pt", pretrained=False).pretrained is False
+    assert options.parse(["--source_file", "m", "--pretrained"])[0].pretrained is True
+
+
+def test_values_that_follow():
+    config = options.make(bitW=2)
+    assert (config.abitW, config.first_last_bits, config.sched) == (2, 8, "cosine")
+    assert options.make(abitW=8).bitW == 4
+    assert options.make(lr_decay_step=3).sched == "multistep"
+    assert options.make(lr_decay_step=3, sched="constant").sched == "constant"
+    for typed in (["10,20"], ["10", "20"], ["10,20,"]):
+        config, _ = options.parse(["--lr_decay_steps", *typed])
+        assert (config.lr_decay_steps, config.sched) == ((10, 20), "multistep")
+    for typed in ("--lambda", "--ll_lambda"):
+        assert options.parse([typed, "7"])[0].ll_lambda == 7
+    strengths = {
+        name: options.make(penalty=name).ll_lambda for name in ("none", "proxq", "proxq_step", "proxq_published")
+    }
+    assert strengths["none"] == 0 and len(set(strengths.values())) == 4
+    assert options.make(replay_rate=20).replay_rate == options.make(replay_rate=0.2).replay_rate == 0.2
+    assert options.make(replay_rate=0).replay_rate == 0 and options.make(replay_rate=1).replay_rate == 1
+    assert options.make(method="original").replay_rate == 0 and options.make().replay_rate is None
+    assert options.make(target_model="resnet20_quant", source_model="resnet20").target_model == "resnet20"
+    assert options.make(method="original", bitW=8).job_dir == "experiment/original_8bit"
+    config, notes = options.parse(["--gpus", "1", "2"])
+    assert config.gpus == 1 and len(notes) == 1 and "one GPU" in notes[0]
+    assert options.make(resume=False).resume is None
+
+
+def test_results_hold_no_paths():
+    config = options.make(job_dir="here", data_dir="there", source_file="model.pt", resume="elsewhere")
+    every, shown = config.asdict(), config.asdict(paths=False)
+    paths = {"csv_dir", "data_dir", "cache_dir", "source_dir", "source_file", "job_dir", "resume", "from_run"}
+    assert set(every) - set(shown) == paths
+    assert shown["proxq_c"] is None and shown["bitW"] == 4
+
+
+def test_inert_flags_say_so_once():
+    """Accepted with a value, several or none, as the original's command lines have them."""
+    typed = "--stage 1 --refine --random True --keep_grad --lam 1 --lam2 1 --act_range 0 2 --mask_step 3"
+    config, notes = options.parse(typed.split())
+    assert config == options.make()
+    assert len(notes) == 8
+    for name in ("stage", "refine", "random", "keep_grad", "lam", "lam2", "act_range", "mask_step"):
+        assert sum(note.startswith(f"--{name} has no effect: ") for note in notes) == 1
+    assert options.parse(["--balanced", "True", "--method", "replay"])[1][0].startswith("--balanced has no effect")
+    assert options.parse(["--balanced", "True"])[1] == []
+
+
+FLAGS = {
+    "data": """csv_dir dataset data_dir cache_dir num_tasks task_id num_classes image_size lt_gamma val_fraction
+        replay_rate buffer_size""",
+    "method and its parts": "method ll_method preset balanced loss sampler penalty ll_lambda lambda",
+    "model and quantizer": """arch target_model source_model shortcut quantizer bitW abitW first_last_bits pretrained
+        source_dir source_file""",
+    "training": """num_epochs train_batch_size eval_batch_size lr sched warmup_epochs lr_gamma lr_decay_step
+        lr_decay_steps momentum weight_decay seed""",
+    "run": """job_dir resume reset start_task from test_only device gpus compile checkpoint_seconds print_freq""",
+    "accepted from the original, without effect": "stage refine random keep_grad lam lam2 act_range mask_step",
+    "quantizer proxq": "proxq_c proxq_learn_c",
+}
+
+
+def test_help(capsys):
+    """A new flag belongs in this table, and in the README's; a flag of the original never goes."""
+    with pytest.raises(SystemExit) as end:
+        options.parse(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    parser, _ = options.build_parser()
+    found = {}
+    for group in parser._action_groups:
+        found[group.title] = {name[2:] for action in group._group_actions for name in action.option_strings}
+        found[group.title].discard("help")
+        if group._group_actions:
+            assert f"\n{group.title}:\n" in text
+            assert all(re.search(rf"^  .*--{name}\b", text, re.MULTILINE) for name in found[group.title])
+    assert {title: flags for title, flags in found.items() if flags and title != "options"} == {
+        title: set(names.split()) for title, names in FLAGS.items()
+    }
+
+
+def test_every_flag_is_explained():
+    """Every flag has a text; one with a default that is a value shows it."""
+    parser, own = options.build_parser("ours", "proxq")
+    assert set(own) == {"proxq_c", "proxq_learn_c"}
+    for action in parser._actions:
+        assert action.help and len(action.help) > 8, action.dest
+    defaults = {f.name: f.default for f in options.fields(options.Config) if f.metadata}
+    for action in parser._actions:
+        if defaults.get(action.dest) not in (None, ""):
+            assert "default" in action.help, action.dest
