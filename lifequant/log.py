@@ -37,6 +37,10 @@ class Log:
         text = "\n".join(one_line(line) for line in text.split("\n"))
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A line in the log alone."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
         self.file.write(line) if self.file else self.early.append(line)
 

@@ -173,7 +173,12 @@ def train_task(run: Run, task: Task) -> None:
 
 
 def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
-    """Choose the epoch by held-out training images, where there are any."""
+    """A line in the log; with held-out training images, the choice of the best epoch."""
+    means = results.means(run.epoch_sums)
+    run.log.note(
+        f"task {run.data.ids[task.id]}, epoch {epoch}: loss {means['loss']:.4f} (penalty {means['penalty']:.4f}), "
+        f"training top-1 {means['top1']:.2f} %"
+    )
     rows = sorted(set().union(*run.data.held_out)) if run.method.joint else run.data.held_out[task.id]
     if not rows:
         return

@@ -54,7 +54,7 @@ class NoLog:
     def say(self, text: str) -> None:
         pass
 
-    warn = say
+    warn = note = say
 
     def writer(self, *args: Any, **kwargs: Any) -> NoLog:
         return self
