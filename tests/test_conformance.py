@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import Killed, kill_at, read, same
 from tiny import TRAIN, Tiny, arguments, settings, train
 
 import lifequant
@@ -33,8 +33,6 @@ KEYS = {
     "quantization_error", "max_codes_per_tensor", "code_histograms", "memory_bytes", "seconds", "images_per_second",
     "warnings", "versions",
 }  # fmt: skip
-TIMES = ("seconds", "images_per_second", "timed_seconds", "timed_images")
-MAY_DIFFER = (*TIMES, "job_dir", "resume", "checkpoint_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +48,6 @@ def whole(tiny, tmp_path_factory) -> Callable[..., Path]:
         return made[key]
 
     return run
-
-
-def read(job: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads((job / "results.json").read_text(), parse_constant=refuse)
 
 
 def shape(matrix: list) -> tuple[int, ...]:
@@ -117,43 +108,10 @@ def test_two_tasks(method, quantizer, whole):
     assert (held > 0) == (holds_down or found["config"]["penalty"] not in ("none", "proxq_step"))
 
 
-def same(a: Any, b: Any, where: str = "") -> None:
-    """Bit for bit, whatever a checkpoint holds; times and the place on disk apart."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in MAY_DIFFER:
-                same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for place, values in enumerate(zip(a, b, strict=True)):
-            same(*values, f"{where}/{place}")
-    else:
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, where
-
-
 def same_runs(job: Path, other: Path) -> None:
     for name, kind in (("last.pt", "run"), ("task0.pt", "run"), ("model_best.pt", "model")):
         same(*(checkpoint.read(folder / "checkpoint" / name, kind) for folder in (job, other)), name)
     same(read(job), read(other), "results.json")
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
-    """The run dies in the ``call``-th call (from 1) of a function."""
-    original, calls = getattr(module, name), []
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, dying)
 
 
 def interrupted(tiny: Tiny, job: Path, monkeypatch: pytest.MonkeyPatch, kill: tuple, **more: Any) -> None:
