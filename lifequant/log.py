@@ -16,6 +16,11 @@ from tqdm import tqdm
 from lifequant.cli import one_line
 
 
+COMPARED = (  # the settings in the hparams tab; results.json has all
+    "method quantizer bitW abitW loss sampler penalty ll_lambda replay_rate buffer_size lr num_epochs seed"
+).split()
+
+
 class Log:
     """Curves under ``job_dir/run`` (one TensorBoard run a task, so that a chart has one curve a task), ``logger.log``."""
 
@@ -70,8 +75,8 @@ class Log:
     def summary(self, results: dict[str, Any]) -> None:
         """The accuracy matrix as a picture, and the settings with the final metrics for the hparams tab."""
         root = self.writer(".", purge_step=0)
-        root.add_image("accuracy_matrix", matrix_picture(results["top1"]), len(results["top1"]), dataformats="HWC")
-        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in results["config"].items()}
+        root.add_image("accuracy/matrix", matrix_picture(results["top1"]), len(results["top1"]), dataformats="HWC")
+        settings = {name: value for name in COMPARED if (value := results["config"][name]) is not None}
         names = ("average_accuracy", "average_incremental_accuracy", "forgetting", "bwt", "fwt")
         metrics = {f"final/{name}": results[name] for name in names if results[name] is not None}
         for part in hparams(settings, metrics):

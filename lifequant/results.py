@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from lifequant.train import Run
 
 SCHEMA = 1
+TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
+    "loss": "loss/all",
+    "task_loss": "loss/task",
+    "penalty": "loss/penalty",
+    "top1": "accuracy/train_top1",
+    "top5": "accuracy/train_top5",
+}
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
 
@@ -108,12 +115,12 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
     refuse_divergence(run, values["loss"])
     speed = run.clock.images_per_second()
     for name, value in values.items():
-        curves.add_scalar(f"train/{name}", value, run.step)
-    curves.add_scalar("train/lr", lr, run.step)
+        curves.add_scalar(TAGS[name], value, run.step)
+    curves.add_scalar("lr", lr, run.step)
     if speed:
         curves.add_scalar("speed/images_per_second", speed, run.step)
     for name, quant in fake_quants(run.model):
-        curves.add_scalar(f"step_size/{name}", quant.step().item(), run.step)
+        curves.add_scalar(f"quantizer_step_size/{name}", quant.step().item(), run.step)
     bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
 
 
@@ -137,17 +144,17 @@ def end_task(run: Run, task: Any) -> None:
             history["memory"][name] += size
     for i, id in enumerate(run.data.ids):
         curves = run.log.writer(f"task{id}/test", purge_step=place)
-        curves.add_scalar("test/top1", scores.top1[i], place)
-        curves.add_scalar("test/top5", scores.top5[i], place)
-        curves.add_scalar("test/top1_masked", scores.masked[i], place)
+        curves.add_scalar("accuracy/test_top1", scores.top1[i], place)
+        curves.add_scalar("accuracy/test_top5", scores.top5[i], place)
+        curves.add_scalar("accuracy/test_top1_masked", scores.masked[i], place)
     curves = run.log.writer(f"task{run.data.ids[place]}")
     for name, layer in weight_layers(run.model):
         curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), run.step)
         if isinstance(layer.weight_quant, FakeQuant):
             codes = layer.weight_quant.codes(layer.weight)
             used = len(codes.unique()) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
-            curves.add_histogram(f"codes/{name}", codes.flatten().cpu().numpy(), run.step)
-            curves.add_scalar(f"codes_used/{name}", used, run.step)
+            curves.add_histogram(f"quantizer_codes/{name}", codes.flatten().cpu().numpy(), run.step)
+            curves.add_scalar(f"quantizer_codes_used/{name}", used, run.step)
     warn_of(run, place)
     accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
     run.log.say(f"after {'all tasks' if run.method.joint else f'task {run.data.ids[place]}'}, top-1 (%): {accuracies}")

@@ -16,7 +16,7 @@ from lifequant.log import matrix_picture, table
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
-TRAIN_TAGS = {"loss", "task_loss", "penalty", "top1", "top5", "lr"}
+TRAIN_TAGS = {"loss/all", "loss/task", "loss/penalty", "accuracy/train_top1", "accuracy/train_top5", "lr"}
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 
@@ -57,17 +57,17 @@ def test_curves(job):
     for task in range(3):
         mine = found[f"task{task}"]
         steps = [2, 4] if task == 0 else [2, 4, 5]
-        assert {f"train/{name}" for name in TRAIN_TAGS} <= set(mine)
+        assert set(mine) >= TRAIN_TAGS
         for name in TRAIN_TAGS:
-            assert [step for step, _ in mine[f"train/{name}"]] == steps, name
+            assert [step for step, _ in mine[name]] == steps, name
         for (_, loss), (_, part), (_, penalty) in zip(
-            *(mine[f"train/{name}"] for name in ("loss", "task_loss", "penalty")), strict=True
+            *(mine[f"loss/{name}"] for name in ("all", "task", "penalty")), strict=True
         ):
             assert loss == pytest.approx(part + penalty, rel=1e-5) and (penalty > 0) == (task > 0)
-        assert len([tag for tag in mine if tag.startswith("step_size/")]) == 40
-        used = [values for tag, values in mine.items() if tag.startswith("codes_used/")]
+        assert len([tag for tag in mine if tag.startswith("quantizer_step_size/")]) == 40
+        used = [values for tag, values in mine.items() if tag.startswith("quantizer_codes_used/")]
         assert len(used) == 20 and all(len(values) == 1 and 0 < values[0][1] <= 1 for values in used)
-        tests = found[f"task{task}/test"]["test/top1"]
+        tests = found[f"task{task}/test"]["accuracy/test_top1"]
         assert tests == [(t, pytest.approx(matrix[t][task])) for t in range(3)]
     events = read(job / "run")["task1"]
     assert events.Tags()["scalars"].count("speed/images_per_second") == 1
@@ -78,7 +78,7 @@ def test_curves(job):
 def test_matrix_and_hparams(job):
     """The accuracy matrix as a picture; settings and final metrics in the same run, for the hparams tab."""
     root, summary = read(job / "run")["."], results.read(job)
-    (picture,) = root.Images("accuracy_matrix")
+    (picture,) = root.Images("accuracy/matrix")
     pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
     assert (pixels == matrix_picture(summary["top1"])).all()
     metrics = {tag: root.Scalars(tag)[-1].value for tag in root.Tags()["scalars"]}
