@@ -15,10 +15,21 @@ from tqdm import tqdm
 
 from lifequant.cli import one_line
 
-
-COMPARED = (  # the settings in the hparams tab; results.json has all
-    "method quantizer bitW abitW loss sampler penalty ll_lambda replay_rate buffer_size lr num_epochs seed"
-).split()
+COMPARED = [
+    "method",
+    "quantizer",
+    "bitW",
+    "abitW",
+    "loss",
+    "sampler",
+    "penalty",
+    "ll_lambda",
+    "replay_rate",
+    "buffer_size",
+    "lr",
+    "num_epochs",
+    "seed",
+]
 
 
 class Log:
