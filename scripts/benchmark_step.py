@@ -92,6 +92,7 @@ def contender(
         **settings,
         buffer_size=stored,
         num_epochs=1,
+        lr=0.01,  # random labels must not make a long benchmark diverge
         train_batch_size=args.batch,
         target_model=args.model,
         device=args.device,

@@ -3,21 +3,23 @@
 Training images of each task are split: 80 % are trained on, 20 % stand where the test images would. All runs of a seed
 share task 0 (--start_task 1). Writes a Markdown table: average accuracy and forgetting on the held-out images.
 
-    python scripts/search_lambda.py --data_dir data_dir/cifar10 --out docs/lambda_search.md
+    python scripts/search_lambda.py --data_dir data_dir/cifar10 --work experiment/lambda --out docs/lambda_search.md
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if find_spec("lifequant") is None:  # a bare clone that was not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lifequant.cli import Parser, run_main, whole
+from lifequant.errors import UserError
 from lifequant.files import write_all
 from lifequant.generate import checked_tasks, csv_files, folder_images, rows_of_tasks
 from lifequant.options import make
@@ -27,9 +29,9 @@ from lifequant.train import run
 
 GRID = {
     "none": (0.0,),
-    "proxq": (1.0, 3.0, 10.0, 30.0, 100.0),
-    "proxq_step": (0.03, 0.1, 0.3, 1.0),
-    "proxq_published": (10.0, 30.0, 100.0, 200.0),
+    "proxq": (10.0, 30.0, 100.0, 300.0),
+    "proxq_step": (0.1, 0.3, 1.0, 3.0),
+    "proxq_published": (10.0, 30.0, 100.0),
 }
 TASKS, HELD_OUT = 3, 0.2
 
@@ -55,19 +57,19 @@ def main(argv: list[str]) -> int:
     parser = Parser(description="Search each penalty's strength on held-out training images.")
     parser.add_argument("--data_dir", required=True, help="folder with train/<class>/*")
     parser.add_argument("--out", required=True, help="the table, Markdown")
+    parser.add_argument("--work", required=True, help="folder of the runs; those that are finished are not run again")
     parser.add_argument("--penalties", nargs="+", choices=list(GRID), default=list(GRID), help="forms to search")
     parser.add_argument("--images_per_class", type=whole(10), default=300, help="of which 20 % are held out")
     parser.add_argument("--num_epochs", type=whole(1), default=8, help="epochs a task")
     parser.add_argument("--train_batch_size", type=whole(2), default=32, help="images a step")
     parser.add_argument("--bits", type=whole(2), default=4, help="of weights and activations")
-    parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0], help="seeds to average over")
+    parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0, 1], help="seeds to average over")
     args = parser.parse_args(argv)
     words = (Path(word).name if Path(word).is_absolute() else word for word in argv)
     command = "python scripts/search_lambda.py " + " ".join(words)
     cells: dict[tuple[str, float], list[tuple[float, ...]]] = {}
-    with tempfile.TemporaryDirectory() as work:
-        for seed in args.seeds:
-            search_seed(args, Path(work) / str(seed), seed, cells)
+    for seed in args.seeds:
+        search_seed(args, Path(args.work) / str(seed), seed, cells)
     lines = [
         "# The strength of ProxQ's penalty",
         "",
@@ -80,7 +82,11 @@ def main(argv: list[str]) -> int:
     ]
     for (penalty, strength), values in cells.items():
         mean = np.mean(values, axis=0)
-        lines.append(f"| {penalty} | {strength:g} | " + " | ".join(f"{v:.2f}" for v in mean) + " |")
+        lines.append(
+            f"| {penalty} | {strength:g} | "
+            + " | ".join("diverged" if np.isnan(v) else f"{v:.2f}" for v in mean)
+            + " |"
+        )
     Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     return 0
@@ -96,6 +102,7 @@ def search_seed(args: argparse.Namespace, work: Path, seed: int, cells: dict) ->
         "num_epochs": args.num_epochs,
         "seed": seed,
         "compile": "on",
+        "resume": "True",
     }
     run(make(method="original", bitW=32, num_tasks=1, job_dir=work / "float", **common))
     common |= {"method": "ours", "bitW": args.bits, "source_file": work / "float" / "model_best.pt"}
@@ -104,8 +111,12 @@ def search_seed(args: argparse.Namespace, work: Path, seed: int, cells: dict) ->
         for strength in GRID[penalty]:
             job = work / f"{penalty}_{strength:g}"
             fork = {"start_task": 1, "from_run": work / "task0"}
-            results = run(make(penalty=penalty, ll_lambda=strength, job_dir=job, **fork, **common))
-            values = results["average_accuracy"], results["top1"][-1][-1], results["forgetting"]
+            try:
+                results = run(make(penalty=penalty, ll_lambda=strength, job_dir=job, **fork, **common))
+                values = results["average_accuracy"], results["top1"][-1][-1], results["forgetting"]
+            except UserError as error:  # it diverged: a row of its own, "diverged" in the table
+                print(error)
+                values = (np.nan,) * 3
             cells.setdefault((penalty, strength), []).append(values)
 
 
