@@ -40,9 +40,7 @@ STEPS = {
 }
 RATIOS = [
     *[(f"{name} compiled", f"{name} eager") for name in STEPS],
-    ("lsq compiled", "float compiled"),
-    ("ours compiled", "float compiled"),
-    ("ours compiled", "lsq compiled"),
+    *[(f"{name} {kind}", f"float {kind}") for kind in ("eager", "compiled") for name in ("lsq", "ours")],
 ]
 
 
