@@ -29,8 +29,8 @@ from lifequant.train import run
 
 GRID = {
     "none": (0.0,),
-    "proxq": (10.0, 30.0, 100.0, 300.0),
-    "proxq_step": (0.1, 0.3, 1.0, 3.0),
+    "proxq": (3.0, 10.0, 30.0, 100.0),
+    "proxq_step": (0.03, 0.1, 0.3, 1.0),
     "proxq_published": (10.0, 30.0, 100.0),
 }
 TASKS, HELD_OUT = 3, 0.2
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="the table, Markdown")
     parser.add_argument("--work", required=True, help="folder of the runs; those that are finished are not run again")
     parser.add_argument("--penalties", nargs="+", choices=list(GRID), default=list(GRID), help="forms to search")
-    parser.add_argument("--images_per_class", type=whole(10), default=300, help="of which 20 % are held out")
+    parser.add_argument("--images_per_class", type=whole(10), default=500, help="of which 20 % are held out")
     parser.add_argument("--num_epochs", type=whole(1), default=8, help="epochs a task")
     parser.add_argument("--train_batch_size", type=whole(2), default=32, help="images a step")
     parser.add_argument("--bits", type=whole(2), default=4, help="of weights and activations")
