@@ -169,6 +169,16 @@ def test_resume_with_other_parts(more, tiny, whole, tmp_path, monkeypatch):
     same_runs(tmp_path / "run", whole(**more))
 
 
+def test_resume_keeps_the_best_epoch(tiny, tmp_path, monkeypatch):
+    """Killed in the second epoch of each task, the first one being best."""
+    monkeypatch.setattr(training, "validation_top1", lambda *args: 50.0)
+    more = {"method": "replay", "num_epochs": 2, "val_fraction": 0.25}  # 3 steps an epoch, then 4
+    train(tiny, tmp_path / "whole", **more)
+    for step in (5, 12):
+        interrupted(tiny, tmp_path / str(step), monkeypatch, (results, "step_sums", step), **more)
+        same_runs(tmp_path / str(step), tmp_path / "whole")
+
+
 @pytest.mark.parametrize("num_tasks", [1, 2])
 @pytest.mark.parametrize("lr", [1e6, 1e30])
 def test_divergence(lr, num_tasks, tiny, tmp_path, capsys):

@@ -72,6 +72,18 @@ def test_refused(typed, words):
         assert word in str(error.value)
 
 
+def test_preset_paper():
+    config, _ = options.parse(["--preset", "paper"])
+    assert (config.loss, config.sampler, config.penalty) == ("ball", "ball", "proxq_paper")
+    assert config.ll_lambda == 100 and config.quantizer == "proxq" and config.option("proxq")["c"] == 3
+    config, _ = options.parse(["--preset", "paper", "--loss", "ce", "--proxq_c", "2", "--lambda", "7"])
+    assert (config.loss, config.ll_lambda, config.option("proxq")["c"]) == ("ce", 7, 2)
+    ours, _ = options.parse([])
+    assert (ours.loss, ours.sampler, ours.penalty) == ("ball_prior", "ball", "proxq") and ours.option("proxq")[
+        "c"
+    ] is None
+
+
 def test_pretrained():
     """True where --source_file is given, unless said otherwise."""
     assert options.make().pretrained is False

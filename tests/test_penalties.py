@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from small_net import SmallNet
 from torch import Tensor, nn
 
-from lifequant import options, registry
+from lifequant import penalties, registry
 from lifequant.importance import at_quantized_weights, conv_weights, per_batch, per_sample
 from lifequant.methods.base import LifelongMethod, Task
 from lifequant.penalties import PENALTIES
@@ -151,7 +151,8 @@ def test_proxq():
     expected = 0.0
     for name in CONVS:
         clipped = np.minimum(fisher[name], np.quantile(fisher[name], 0.999))
-        assert clipped.max() < fisher[name].max()
+        np.testing.assert_allclose(guard.importance[name], kappa / 2 * clipped, rtol=2e-3, atol=1e-6 * clipped.max())
+        assert clipped.max() < 0.99 * fisher[name].max()
         expected += kappa / 2 * (clipped * (now[name] - former[name]).double().numpy() ** 2).sum()
     assert guard.penalty(model).item() == pytest.approx(expected, rel=1e-4)
     assert set(guard.anchor) == set(CONVS)  # no classifier, no BatchNorm
@@ -235,6 +236,21 @@ def test_proxq_step(quantizer):
     assert inside > 20 and held > 20
 
 
+def test_proxq_step_importance(monkeypatch):
+    """Relative to the layer's mean, at most 10."""
+    generator = torch.Generator().manual_seed(3)
+    heavy = {
+        "conv1": torch.randn(4, 3, 3, 3, generator=generator),
+        "conv2": torch.randn(6, 4, 3, 3, generator=generator),
+    }
+    heavy = {name: (3 * value).exp() for name, value in heavy.items()}
+    monkeypatch.setattr(penalties, "per_sample", lambda *args: heavy)
+    guard = penalty_of("proxq_step", network())
+    for name, value in heavy.items():
+        assert (value / value.mean()).max() > 10
+        np.testing.assert_allclose(guard.importance[name], np.minimum((value / value.mean()).numpy(), 10), rtol=1e-5)
+
+
 def test_nothing_to_estimate_from():
     """No class is gone, all of it is stored, or nothing is: no penalty; only the last is worth a warning."""
     warnings: list[str] = []
@@ -281,15 +297,3 @@ def test_memory_bytes():
     rest = 2 * (4 + 6) + 6 * 5 + 5  # BatchNorm, classifier
     everything = 4 * (weights + rest)
     assert penalty_of("proxq_published", model).memory_bytes() == {"importance": everything, "reference": everything}
-
-
-def test_preset_paper():
-    config, _ = options.parse(["--preset", "paper"])
-    assert (config.loss, config.sampler, config.penalty) == ("ball", "ball", "proxq_paper")
-    assert config.ll_lambda == 100 and config.quantizer == "proxq" and config.option("proxq")["c"] == 3
-    config, _ = options.parse(["--preset", "paper", "--loss", "ce", "--proxq_c", "2", "--lambda", "7"])
-    assert (config.loss, config.ll_lambda, config.option("proxq")["c"]) == ("ce", 7, 2)
-    ours, _ = options.parse([])
-    assert (ours.loss, ours.sampler, ours.penalty) == ("ball_prior", "ball", "proxq") and ours.option("proxq")[
-        "c"
-    ] is None

@@ -1,0 +1,168 @@
+"""THE training step and what surrounds it: batches, noise, optimizer, learning rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import train
+
+from lifequant import checkpoint, options
+from lifequant import train as training
+from lifequant.quantizers.base import STEP_FLOOR
+from lifequant.quantizers.layers import fake_quants
+from lifequant.schedule import lr_factor
+
+
+@pytest.fixture
+def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
+    """What ``ours`` does in two epochs of two tasks, step by step."""
+    seen: list[dict[str, Any]] = []
+    noises: list[torch.Generator] = []
+    orders: list[torch.Generator] = []
+    step, batch_of, order_of = training.training_step, training.make_batch, training.epoch_order
+
+    def make_batch(task: Any, order: Any, index: int, size: int, noise: torch.Generator) -> Any:
+        noises.append(noise)
+        batch = batch_of(task, order, index, size, noise)
+        seen.append({"task": task, "batch": batch, "order": order, "noise": noise.initial_seed()})
+        return batch
+
+    def epoch_order(labels: Any, counts: Any, sampler: str, generator: torch.Generator) -> Any:
+        orders.append(generator)
+        return order_of(labels, counts, sampler, generator)
+
+    def training_step(run: Any, batch: Any, factor: float) -> Any:
+        before = [p.detach().clone() for p in run.model.parameters()]
+        fresh = not run.optimizer.state
+        sums = step(run, batch, factor)
+        moved = any(not torch.equal(p, b) for p, b in zip(run.model.parameters(), before, strict=True))
+        groups = [
+            (g["weight_decay"], g["momentum"], g["lr"], set(map(id, g["params"]))) for g in run.optimizer.param_groups
+        ]
+        seen[-1] |= {
+            "fresh": fresh,
+            "moved": moved,
+            "groups": groups,
+            "model": run.model,
+            "sums": sums,
+            "factor": factor,
+        }
+        return sums
+
+    for function in (make_batch, epoch_order, training_step):
+        monkeypatch.setattr(training, function.__name__, function)
+    train(tiny, tmp_path / "run", method="ours", quantizer="lsq", num_epochs=2, weight_decay=0.01, lr=0.02)
+    seen[0]["orders"] = [generator.initial_seed() for generator in orders]
+    return seen
+
+
+def test_batches(steps):
+    """Labels and the mark of replay belong to the rows; replay takes part; the last batch is filled up."""
+    marked = 0
+    for step in steps:
+        task, batch = step["task"], step["batch"]
+        assert batch.x.shape == (8, 3, 16, 16) and torch.equal(batch.y, task.labels[batch.rows])
+        assert batch.is_replay.tolist() == [row in task.replay.tolist() for row in batch.rows.tolist()]
+        assert set(batch.rows.tolist()) <= set(task.pool.tolist())
+        marked += int(batch.is_replay.sum())
+    assert marked > 0 and len(steps) == 2 * 4 + 2 * 5  # 32 images; 36 with replay
+
+
+def test_an_epoch_has_each_image_once(tiny, tmp_path, monkeypatch):
+    """With the uniform sampler: batches of 8 of 36 images, the last filled up with four from the epoch's begin."""
+    rows: list[list[int]] = []
+    batch_of = training.make_batch
+
+    def make_batch(*args: Any) -> Any:
+        batch = batch_of(*args)
+        rows.append(batch.rows.tolist())
+        return batch
+
+    monkeypatch.setattr(training, "make_batch", make_batch)
+    train(tiny, tmp_path / "run", method="replay")
+    first, epoch = ([row for batch in part for row in batch] for part in (rows[:4], rows[4:]))
+    assert len(epoch) == 40 and len(set(epoch[:36])) == 36 and epoch[36:] == epoch[:4]
+    assert len(first) == len(set(first)) == 32
+
+
+def test_noise_is_new_at_every_step(steps):
+    """No two steps are augmented alike, no two epochs have the same order."""
+    noise = [step["noise"] for step in steps]
+    assert len(set(noise)) == len(noise)
+    orders = steps[0]["orders"]
+    assert len(orders) == len(set(orders)) == 4
+
+
+def test_optimizer(steps):
+    """Anew for each task; step sizes in a group of their own without weight decay; the rate follows the schedule."""
+    assert [place for place, step in enumerate(steps) if step["fresh"]] == [0, 8]
+    assert all(step["moved"] for step in steps)
+    for step in steps:
+        (decayed, *_), (bare, *_) = step["groups"]
+        assert (decayed, bare) == (0.01, 0)
+        assert all(momentum == 0.9 and lr == 0.02 * step["factor"] for _, momentum, lr, _ in step["groups"])
+        sizes = {id(p) for _, quant in fake_quants(step["model"]) for p in quant.parameters()}
+        assert step["groups"][1][3] == sizes and len(sizes) == 40
+        assert step["groups"][0][3] == {id(p) for p in step["model"].parameters()} - sizes
+    assert [step["factor"] for step in steps[:2]] == [1, pytest.approx(0.962, abs=1e-3)]  # cosine over 8 steps
+
+
+def test_sums(steps):
+    """Losses times images, hits, images; the penalty is 0 in task 0."""
+    for place, step in enumerate(steps):
+        task_loss, penalty, top1, top5, images = step["sums"].tolist()
+        assert task_loss > 0 and images == 8 and 0 <= top1 <= top5 <= 8 and top1 == int(top1)
+        assert penalty == 0 if place < 8 else penalty >= 0
+    assert steps[-1]["sums"][1] > 0
+
+
+def test_step_sizes_stay_positive(tiny, tmp_path, monkeypatch):
+    """One that an update sends below 0 is put back to a floor, which is warned of."""
+    step = training.training_step
+
+    def training_step(run: Any, batch: Any, factor: float) -> Any:
+        with torch.no_grad():
+            run.step_sizes[5].fill_(-0.1)
+        return step(run, batch, factor)
+
+    monkeypatch.setattr(training, "training_step", training_step)
+    found = train(tiny, tmp_path / "run", method="original", num_tasks=1, lr=1e-9)
+    state = checkpoint.read(tmp_path / "run" / "model_best.pt", "model")["model"]
+    sizes = {name.removesuffix(".size"): value.item() for name, value in state.items() if name.endswith(".size")}
+    low = [name for name, value in sizes.items() if value < 1e-3]
+    assert len(low) == 1 and sizes[low[0]] == pytest.approx(STEP_FLOOR)
+    assert [low[0] in warning and "at its floor" in warning for warning in found["warnings"]] == [True]
+
+
+def factors(epochs: int = 8, steps: int = 5, **settings: Any) -> list[float]:
+    config = options.make(num_epochs=epochs, **settings)
+    return [lr_factor(config, step, steps) for step in range(epochs * steps)]
+
+
+def test_schedules():
+    """At the first step, in the middle and at the end; each between 0 and 1."""
+    for sched in ("cosine", "onecycle", "multistep", "constant"):
+        for warmup in (0, 1):
+            assert all(0 < factor <= 1 for factor in factors(sched=sched, warmup_epochs=warmup))
+    cosine = factors(sched="cosine")
+    assert cosine[0] == 1 and cosine[20] == pytest.approx(0.5) and cosine[-1] < 0.01
+    assert cosine == sorted(cosine, reverse=True)
+    one = factors(sched="onecycle", epochs=10, steps=10)
+    assert one[0] == pytest.approx(0.04) and one[30] == 1 and one[65] == pytest.approx(0.5) and one[-1] < 0.01
+    assert set(factors(sched="constant")) == {1}
+    assert factors(sched="multistep")[::5] == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert factors(lr_decay_step=3)[::5] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    assert factors(lr_decay_steps=[2, 7], lr_gamma=0.5)[::5] == pytest.approx([1, 1, *[0.5] * 5, 0.25])
+    warm = factors(sched="constant", warmup_epochs=2)
+    assert warm[:11] == pytest.approx([*(step / 10 for step in range(1, 11)), 1])
+
+
+def test_nothing_of_the_run_is_global(tiny, tmp_path):
+    """A run leaves torch's generator, thread count and the working folder as they were."""
+    before = (torch.random.get_rng_state(), torch.get_num_threads(), Path.cwd())
+    train(tiny, tmp_path / "run", method="ours", num_tasks=1)
+    after = (torch.random.get_rng_state(), torch.get_num_threads(), Path.cwd())
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
