@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifequant import checkpoint, options, registry
-from lifequant.codes import packed_model_bytes
+from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.quantizers.layers import calibrate
 
 
@@ -79,6 +79,23 @@ def test_packed_bytes():
         assert packed_model_bytes(network(quantizer=quantizer, bitW=4)) == expected
     full = 4 * (convolutions + edges + norm + 10)
     assert packed_model_bytes(network(bitW=32)) == full
+
+
+def test_code_counts():
+    """Of weights and of activations in eval mode; the network stays as it was."""
+    model = network(quantizer="lsq")
+    x = torch.randn(8, 3, 16, 16)
+    calibrate(model, x)
+    model(3 * x + 1)  # statistics that are not this batch's
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    found = code_counts(model, x)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()) and model.training
+    layer, quant = model.conv1, model.relu.act_quant
+    inside = model.eval().bn1(F.conv2d(x, layer.weight_quant(layer.weight), padding=1)).relu()
+    expected = (inside / quant.step()).round().clamp(0, 15).flatten().long().bincount(minlength=16)
+    assert found["relu.act_quant"][1].tolist() == expected.tolist()
+    codes = (layer.weight / layer.weight_quant.step()).round().clamp(-128, 127).flatten().long()
+    assert found["conv1.weight_quant"][1].tolist() == (codes + 128).bincount(minlength=256).tolist()
 
 
 def test_calibrate():
