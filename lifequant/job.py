@@ -134,6 +134,7 @@ _ALWAYS = [
     "num_epochs",
     "train_batch_size",
     "lr",
+    "step_lr",
     "sched",
     "warmup_epochs",
     "lr_gamma",

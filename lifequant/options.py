@@ -107,6 +107,7 @@ class Config:
     train_batch_size: int = flag(128, TRAIN, "images a step", type=whole(2))
     eval_batch_size: int = flag(100, TRAIN, "images a batch in evaluation", type=whole(1))
     lr: float = flag(0.04, TRAIN, "learning rate at its highest", type=real(above=0))
+    step_lr: float = flag(0.1, TRAIN, "learning rate of step sizes, as a share of --lr", type=real(0))
     sched: str = flag("", TRAIN, "learning rate over a task (default: cosine; multistep where --lr_decay_step[s] is given)",
                       choices=["multistep", "cosine", "onecycle", "constant"])  # fmt: skip
     warmup_epochs: float = flag(0.0, TRAIN, "epochs of linear warm-up", type=real(0))

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data_dir", required=True, help="folder with train/<class>/* and test/<class>/*")
     parser.add_argument("--out", required=True, help="folder of the runs and of table.md")
     parser.add_argument("--images_per_class", type=whole(1), default=500, help="training images")
-    parser.add_argument("--num_epochs", type=whole(1), default=8, help="epochs a task")
+    parser.add_argument("--num_epochs", type=whole(1), default=6, help="epochs a task")
     parser.add_argument("--train_batch_size", type=whole(2), default=32, help="images a step")
     parser.add_argument("--bits", nargs="+", type=whole(2), default=[4, 2], help="of weights and activations")
     parser.add_argument("--seed", type=whole(0), default=0, help="of classes, images and training")

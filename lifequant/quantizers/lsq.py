@@ -14,7 +14,8 @@ from lifequant.registry import register
 class LSQ(FakeQuant):
     """v_q = s * round(clamp(v / s, qn, qp)); ds = g * sum dy * {qn, qp, round(v/s) - v/s}, g = 1 / sqrt(N qp) (eq. 1-3).
 
-    N is the number of weights of the tensor, or of features of one image. Initial s = 2 mean|v| / sqrt(qp) (sec. 2.1).
+    N is the number of weights of the tensor, or of features of one image. Initial s = 2 mean|v| / sqrt(qp) (sec. 2.1),
+    but at most max|v| / qp: at 8 bits the paper's is so wide that four codes of five lie beyond all values.
     """
 
     def __init__(self, bits: int, qn: int, qp: int) -> None:
@@ -40,7 +41,8 @@ class LSQ(FakeQuant):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        self.size.copy_((2 * x.abs().mean() / math.sqrt(self.qp)).clamp(min=STEP_FLOOR))
+        size = torch.minimum(2 * x.abs().mean() / math.sqrt(self.qp), x.abs().max() / self.qp)
+        self.size.copy_(size.clamp(min=STEP_FLOOR))
 
 
 class LSQWeight(LSQ):
