@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 from PIL import Image
@@ -29,7 +30,8 @@ def load(job_dir: str | Path) -> nn.Module:
     if found is None:
         raise UserError(f"{path}: no such model; a run writes it at its end")
     state = checkpoint.read(found, "model")
-    settings = {k: v for k, v in state["config"].items() if k not in state["options"]}
+    known = {f.name for f in fields(Config)}
+    settings = {name: value for name, value in state["config"].items() if name in known}
     config = Config(**settings, options=state["options"])
     model = checkpoint.build(config, len(state["class_names"]))
     checkpoint.load_strictly(found, model, state["model"])
