@@ -79,7 +79,7 @@ class ProxQ(Anchored):
     layer's 99.9 % quantile. kappa_t = (images of those classes that are gone) / (images in the pool).
     """
 
-    default_lambda = 10.0
+    default_lambda = 30.0
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
         fisher, kappa = fisher_of_gone_classes(model, task)
@@ -93,7 +93,7 @@ class ProxQStep(Anchored):
     (1 + k (eta_t / eta_0) Fn), Fn = F over its layer's mean, clipped at 10. Movement that changes no code is free.
     """
 
-    default_lambda = 0.3
+    default_lambda = 0.1
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: layer.weight_quant.codes(layer.weight).float() for name, layer in self._layers(model)}
