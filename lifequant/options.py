@@ -122,7 +122,7 @@ class Config:
     job_dir: str = flag("", RUN, "folder of the run (default: experiment/<method>_<bitW>bit)", path=True)
     resume: str | None = flag(None, RUN, "go on with the run in job_dir, or with a checkpoint", nargs="?", const="True",
                               metavar="PATH", path=True)  # fmt: skip
-    reset: bool = switch(False, RUN, "clear job_dir first", free=True)
+    reset: bool = switch(False, RUN, "clear job_dir first", path=True)
     start_task: int = flag(0, RUN, "begin at this task with the state of --from", type=whole(0))
     from_run: str | None = flag(None, RUN, "the run that --start_task takes its state from", "--from", path=True)
     test_only: bool = switch(False, RUN, "evaluate job_dir's model, or --source_file's; train nothing", free=True)

@@ -120,7 +120,7 @@ def test_values_that_follow():
 def test_results_hold_no_paths():
     config = options.make(job_dir="here", data_dir="there", source_file="model.pt", resume="elsewhere")
     every, shown = config.asdict(), config.asdict(paths=False)
-    paths = {"csv_dir", "data_dir", "cache_dir", "source_dir", "source_file", "job_dir", "resume", "from_run"}
+    paths = {"csv_dir", "data_dir", "cache_dir", "source_dir", "source_file", "job_dir", "resume", "reset", "from_run"}
     assert set(every) - set(shown) == paths
     assert shown["proxq_c"] is None and shown["bitW"] == 4
 
@@ -143,7 +143,7 @@ FLAGS = {
     "method and its parts": "method ll_method preset balanced loss sampler penalty ll_lambda lambda",
     "model and quantizer": """arch target_model source_model shortcut quantizer bitW abitW first_last_bits pretrained
         source_dir source_file""",
-    "training": """num_epochs train_batch_size eval_batch_size lr sched warmup_epochs lr_gamma lr_decay_step
+    "training": """num_epochs train_batch_size eval_batch_size lr step_lr sched warmup_epochs lr_gamma lr_decay_step
         lr_decay_steps momentum weight_decay seed""",
     "run": """job_dir resume reset start_task from test_only device gpus compile checkpoint_seconds print_freq""",
     "accepted from the original, without effect": "stage refine random keep_grad lam lam2 act_range mask_step",
