@@ -10,7 +10,7 @@ import pytest
 import torch
 
 TIMES = ("seconds", "images_per_second", "timed_seconds", "timed_images")
-MAY_DIFFER = (*TIMES, "job_dir", "resume", "checkpoint_seconds")
+MAY_DIFFER = (*TIMES, "job_dir", "resume", "checkpoint_seconds", "commit")  # someone may commit while a test runs
 
 
 def read(job: Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def read(job: Path) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any, where: str = "") -> None:
-    """Bit for bit, whatever a checkpoint holds; times and the place on disk apart."""
+    """Bit for bit, whatever a checkpoint holds; times, the place on disk and the clone's commit apart."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where

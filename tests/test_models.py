@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lifequant import checkpoint, options, registry
 from lifequant.codes import code_counts, packed_model_bytes
-from lifequant.quantizers.layers import calibrate
+from lifequant.quantizers.layers import calibrate, fake_quants
 
 
 def network(classes: int = 10, **settings) -> nn.Module:
@@ -98,18 +99,31 @@ def test_code_counts():
     assert found["conv1.weight_quant"][1].tolist() == (codes + 128).bincount(minlength=256).tolist()
 
 
-def test_calibrate():
+def lsq_step(v: Tensor, qp: int) -> tuple[float, str]:
+    """LSQ's initial step, and which of its two bounds it is."""
+    v = np.abs(v.detach().double().numpy())
+    return min((2 * v.mean() / np.sqrt(qp), "mean"), (v.max() / qp, "max"))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_calibrate(bits):
     """Every step is set from what reaches it; BatchNorm's statistics and the mode stay as they were."""
-    model = network(quantizer="lsq").eval()
+    model = network(quantizer="lsq", bitW=bits).eval()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    seen: list[Tensor] = []
-    model.relu.act_quant.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    seen: dict[str, Tensor] = {}
+    for name, quant in fake_quants(model):
+        quant.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, args[0].detach().clone()))
     calibrate(model, torch.randn(8, 3, 16, 16))
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()) and not model.training
-    expected = 2 * seen[0].mean() / 15**0.5
-    assert model.relu.act_quant.step().item() == pytest.approx(expected.item(), rel=1e-5)
-    sizes = [p.item() for name, p in model.named_parameters() if name.endswith(".size")]
-    assert len(sizes) == 40 and 1.0 not in sizes
-    weight = model.layer1[0].conv1
-    expected = 2 * weight.weight.abs().mean() / 7**0.5
-    assert weight.weight_quant.step().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(seen) == 40
+    bound: dict[str, str] = {}
+    for name, quant in fake_quants(model):
+        width = 8 if name.split(".")[0] in ("conv1", "fc") else bits
+        qp = 2 ** (width - 1) - 1 if name.endswith("weight_quant") else 2**width - 1
+        expected, bound[name] = lsq_step(seen[name], qp)
+        assert quant.step().item() == pytest.approx(expected, rel=1e-4), name
+    assert bound["fc.weight_quant"] == "max"
+    if bits == 8:
+        assert set(bound.values()) == {"max"}
+    if bits == 2:
+        assert bound["relu.act_quant"] == "mean"

@@ -95,9 +95,29 @@ def test_calibrate_in_place(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_lsq_step(bits, kind):
+    """The lesser of 2 mean|v| / sqrt(qp), which binds at 2 bits, and of max|v| / qp, which binds at 8: nothing is
+    clipped there, and the largest value has the largest code."""
+    rng = np.random.default_rng(bits)
+    v = rng.normal(size=(50, 20))
+    v = np.abs(v) if kind == "activation" else v
+    qp = 2 ** (bits - 1) - 1 if kind == "weight" else 2**bits - 1
+    mean, cap = 2 * np.abs(v).mean() / np.sqrt(qp), np.abs(v).max() / qp
+    quant = make("lsq", kind, bits).double()
+    quant.calibrate(torch.tensor(v))
+    assert quant.step().item() == pytest.approx(min(mean, cap), rel=1e-12)
+    if bits == 2:
+        assert mean < cap
+    if bits == 8:
+        assert cap < 0.5 * mean
+        assert quant.codes(torch.tensor(v)).abs().max() == qp
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", (2, 4, 8))
 def test_lsq_gradient(bits, kind):
-    """ds = g sum dy {qn, qp, round(v/s) - v/s}, g = 1/sqrt(N qp); dv = dy inside. Step 2 mean|v| / sqrt(qp)."""
+    """ds = g sum dy {qn, qp, round(v/s) - v/s}, g = 1/sqrt(N qp); dv = dy inside."""
     rng = np.random.default_rng(bits)
     v = rng.normal(size=(6, 5, 4))
     v = np.abs(v) if kind == "activation" else v
@@ -106,7 +126,6 @@ def test_lsq_gradient(bits, kind):
 
     quant = make("lsq", kind, bits).double()
     quant.calibrate(torch.tensor(v))
-    assert quant.step().item() == pytest.approx(2 * np.abs(v).mean() / np.sqrt(high), rel=1e-6)
     s = np.abs(v).max() / (1.5 * high)  # so that some are clipped at every bit-width
     with torch.no_grad():
         quant.size.fill_(s)

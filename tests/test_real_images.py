@@ -6,6 +6,7 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import Tiny, train, write_csvs
 
@@ -30,9 +31,19 @@ def photographs(tmp_path_factory) -> Tiny:
 
 
 def test_ours_forgets_less(photographs, tmp_path):
-    """Two classes, then two others, 4 bits."""
-    more = {"num_epochs": 4, "train_batch_size": 16, "image_size": 32}
-    found = {name: train(photographs, tmp_path / name, method=name, **more) for name in ("original", "ours")}
-    assert found["original"]["top1"][0][0] > 75 and found["original"]["top1"][1][1] > 60  # of two classes, 50 is chance
-    assert found["ours"]["average_accuracy"] > found["original"]["average_accuracy"] + 10
-    assert found["ours"]["forgetting"] < found["original"]["forgetting"] - 40
+    """Two classes, then two others, 4 bits, about 60 steps a task, three seeds: ours is better in every one of them.
+
+    Half as many steps are too few to tell: seed 2 of ours then forgets as much as original.
+    """
+    more = {"num_epochs": 8, "train_batch_size": 16, "image_size": 32}
+    newest: dict[str, list[float]] = {"original": [], "ours": []}
+    for seed in (0, 1, 2):
+        found = {}
+        for name, accuracies in newest.items():
+            found[name] = train(photographs, tmp_path / f"{name}{seed}", method=name, seed=seed, **more)
+            assert found[name]["top1"][0][0] > 75  # of two classes, 50 is chance
+            accuracies.append(found[name]["top1"][1][1])
+        assert found["ours"]["average_accuracy"] > found["original"]["average_accuracy"] + 10
+        assert found["ours"]["forgetting"] < found["original"]["forgetting"] - 60
+    assert np.mean(newest["original"]) > 60  # it answers with the two new classes only: 50 is chance
+    assert np.mean(newest["ours"]) > 35  # of four classes, 25 is chance

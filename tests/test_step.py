@@ -54,7 +54,7 @@ def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
 
     for function in (make_batch, epoch_order, training_step):
         monkeypatch.setattr(training, function.__name__, function)
-    train(tiny, tmp_path / "run", method="ours", quantizer="lsq", num_epochs=2, weight_decay=0.01, lr=0.02)
+    train(tiny, tmp_path / "run", method="ours", quantizer="lsq", num_epochs=2, weight_decay=0.01, lr=0.02, step_lr=0.3)
     seen[0]["orders"] = [generator.initial_seed() for generator in orders]
     return seen
 
@@ -97,17 +97,45 @@ def test_noise_is_new_at_every_step(steps):
 
 
 def test_optimizer(steps):
-    """Anew for each task; step sizes in a group of their own without weight decay; the rate follows the schedule."""
+    """Anew for each task; the rate follows the schedule; step sizes have no weight decay and a rate of their own."""
     assert [place for place, step in enumerate(steps) if step["fresh"]] == [0, 8]
     assert all(step["moved"] for step in steps)
     for step in steps:
         (decayed, *_), (bare, *_) = step["groups"]
         assert (decayed, bare) == (0.01, 0)
-        assert all(momentum == 0.9 and lr == 0.02 * step["factor"] for _, momentum, lr, _ in step["groups"])
+        assert all(momentum == 0.9 for _, momentum, _, _ in step["groups"])
+        rates = [lr for _, _, lr, _ in step["groups"]]
+        assert rates == pytest.approx([0.02 * step["factor"], 0.02 * 0.3 * step["factor"]], rel=1e-12)
         sizes = {id(p) for _, quant in fake_quants(step["model"]) for p in quant.parameters()}
         assert step["groups"][1][3] == sizes and len(sizes) == 40
         assert step["groups"][0][3] == {id(p) for p in step["model"].parameters()} - sizes
     assert [step["factor"] for step in steps[:2]] == [1, pytest.approx(0.962, abs=1e-3)]  # cosine over 8 steps
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_step_lr(share, tiny, tmp_path, monkeypatch):
+    """A step of plain SGD moves weights by lr times the gradient, step sizes by a tenth of that, or --step_lr's share."""
+    step, moves = training.training_step, []
+
+    def training_step(run: Any, batch: Any, factor: float) -> Any:
+        learnt = [p for p in run.model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in learnt]
+        sums = step(run, batch, factor)
+        sizes = {id(p) for p in run.step_sizes}
+        moves.extend((id(p) in sizes, p.detach() - b, p.grad.clone()) for p, b in zip(learnt, before, strict=True))
+        return sums
+
+    monkeypatch.setattr(training, "training_step", training_step)
+    more = {} if share is None else {"step_lr": share}
+    flags = {"sched": "constant", "momentum": 0, "weight_decay": 0, "lr": 0.01, "num_tasks": 1, **more}
+    train(tiny, tmp_path / "run", method="original", quantizer="lsq", **flags)
+    assert sum(is_size for is_size, _, _ in moves) == 4 * 40  # steps, quantizers
+    for is_size, moved, gradient in moves:
+        rate = 0.01 * ((0.1 if share is None else share) if is_size else 1)
+        torch.testing.assert_close(moved, -rate * gradient, rtol=1e-3, atol=2e-7)
+    for wanted in (True, False):
+        most = max(moved.abs().max() for is_size, moved, _ in moves if is_size == wanted)
+        assert most > 1e-5 or (wanted and share == 0 and most == 0)
 
 
 def test_sums(steps):
