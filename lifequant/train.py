@@ -254,6 +254,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         log.open(Path(config.job_dir))
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say):
+            torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
             this.losses = torch.compile(this.compute_losses, dynamic=False)
         train_all(this)
         return results.finish(this)
