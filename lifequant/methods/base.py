@@ -24,6 +24,7 @@ class Batch(NamedTuple):
     y: Tensor  # int64 [N]
     is_replay: Tensor  # bool [N]
     rows: Tensor  # int64 [N], places in the image store
+    teacher: Tensor | None = None  # float32 [N, C], logits of the former task's model, where something asks for them
 
 
 @dataclass
@@ -32,7 +33,9 @@ class Task:
 
     id: int  # its place in the sequence, from 0
     classes: list[int]  # labels of the new data
-    images: Tensor  # uint8 [all training images of the run, 3, H, W]
+    images: (
+        Tensor  # uint8 [all training images of the run, 3, H, W]; in a loop of your own also float, ready for the model
+    )
     labels: Tensor  # int64 [all training images of the run]
     new: Tensor  # int64, rows of the task's own images
     replay: Tensor  # int64, rows of the stored images of former tasks, none of them in ``new``
@@ -43,14 +46,17 @@ class Task:
     warn: Callable[[str], None] = field(default=lambda text: None)
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
     counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
+    known: Tensor = field(init=False)  # bool [C], classes of former tasks
 
     def __post_init__(self) -> None:
         self.pool = torch.cat([self.new, self.replay])
         self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
+        self.known = torch.bincount(self.labels[self.past], minlength=self.num_classes) > 0
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, y) of these rows, not augmented."""
-        return normalise(self.images[rows]), self.labels[rows]
+        """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
+        x = self.images[rows]
+        return normalise(x) if x.dtype == torch.uint8 else x, self.labels[rows]
 
 
 class LifelongMethod:
@@ -60,6 +66,8 @@ class LifelongMethod:
     help = ""
     joint = False  # all tasks at once
     holds_down = False  # has a penalty, which may hold a new task down
+    regulariser = False  # protects by a penalty alone, which at shared outputs hardly helps; a run says so
+    needs_teacher = False  # wants Batch.teacher
     per_step_state = False  # gathers state at every step, so that a run can't be forked from another method's
     parts: ClassVar[dict[str, Any]] = {
         "quantizer": "lsq",
@@ -92,6 +100,10 @@ class LifelongMethod:
         """Scalar, before lambda; zero where there is none."""
         return next(model.parameters()).new_zeros(())
 
+    def output_penalty(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Scalar like ``penalty``, of the batch's outputs; zero where there is none."""
+        return logits.new_zeros(())
+
     def after_backward(self, model: nn.Module) -> None:
         """Gradients are there, the step is not yet done."""
 
@@ -109,5 +121,6 @@ class LifelongMethod:
         self.counts = state["counts"]
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes kept between tasks beside model and replay: ``importance`` and ``reference``."""
+        """Bytes kept between tasks beside model and replay images: any of ``importance``, ``reference`` (former weights
+        or a former model), ``logits``."""
         return {}

@@ -11,6 +11,8 @@ Only plain operations and no branch on data, so that torch.compile takes a whole
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +34,14 @@ def scale_gradient(parameter: Tensor, factor: float) -> Tensor:
 
 
 class FakeQuant(nn.Module):
-    """Base of all fake-quantizers: clamp to [qn, qp], round, both skipped while ``rounding`` is False."""
+    """Base of all fake-quantizers: clamp to [qn, qp], round, both skipped while ``rounding`` is False.
+
+    A weight's step may be one for each output channel (the first dimension of the weight): ``channels`` is their number,
+    None for one step for the tensor. Parameters then have the shape [channels]; ``along`` makes them fit the weight.
+    """
+
+    before_relu = False  # an activation quantizer that takes what the ReLU would, and is followed by it
+    exceeds_bits = False  # gives more than 2^bits values; every report says so
 
     def __init__(self, bits: int, qn: int, qp: int) -> None:
         super().__init__()
@@ -52,7 +61,7 @@ class FakeQuant(nn.Module):
         return self.from_codes(u, x)
 
     def step(self) -> Tensor:
-        """The distance of two neighbouring values, a scalar."""
+        """The distance of two neighbouring values, a scalar or one for each channel [C]."""
         raise NotImplementedError
 
     def calibrate(self, x: Tensor) -> None:
@@ -71,8 +80,18 @@ class FakeQuant(nn.Module):
         return self.into_codes(x).clamp(self.qn, self.qp).round().to(torch.int16)
 
     def step_parameters(self) -> list[nn.Parameter]:
-        """Parameters that must stay positive and take no weight decay."""
+        """Parameters that must stay positive; like all parameters of a quantizer they take no weight decay."""
         return [p for p in self.parameters(recurse=False) if p.requires_grad]
+
+    @staticmethod
+    def along(value: Tensor, x: Tensor) -> Tensor:
+        """A scalar as it is; [C] in a shape that broadcasts over ``x`` [C, ...]."""
+        return value if value.dim() == 0 else value.view(-1, *[1] * (x.dim() - 1))
+
+    @staticmethod
+    def each(x: Tensor, channels: int | None) -> Tensor:
+        """``x`` as rows, one for each step: [1, N], or [C, N / C]."""
+        return x.reshape(channels or 1, -1)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, codes {self.qn}..{self.qp}"
@@ -88,6 +107,9 @@ class Quantizer:
     help = ""
     weight_type: type[FakeQuant]
     act_type: type[FakeQuant]
+    act_options: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # keyword arguments of act_type; those of weight_type are the flags
 
     def __init__(self, **options: Any) -> None:
         self.weight_options = options
@@ -96,10 +118,10 @@ class Quantizer:
     def add_args(group: argparse._ArgumentGroup) -> None:
         """Add the quantizer's own flags."""
 
-    def weight(self, bits: int) -> nn.Module:
-        """A module for one weight tensor."""
-        return nn.Identity() if bits == 32 else self.weight_type(bits, **self.weight_options)
+    def weight(self, bits: int, channels: int | None = None) -> nn.Module:
+        """A module for one weight tensor, with one step, or with one for each of ``channels`` output channels."""
+        return nn.Identity() if bits == 32 else self.weight_type(bits, channels=channels, **self.weight_options)
 
     def activation(self, bits: int) -> nn.Module:
         """A module for one activation tensor, the output of a ReLU."""
-        return nn.Identity() if bits == 32 else self.act_type(bits)
+        return nn.Identity() if bits == 32 else self.act_type(bits, **self.act_options)

@@ -39,14 +39,15 @@ class QuantLinear(nn.Linear):
 
 
 class QuantReLU(nn.Module):
-    """ReLU, then the activation quantizer."""
+    """ReLU, then the activation quantizer; the quantizer first where it says so."""
 
     def __init__(self, act_quant: nn.Module) -> None:
         super().__init__()
         self.act_quant = act_quant
+        self.before_relu = getattr(act_quant, "before_relu", False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act_quant(x.relu())
+        return self.act_quant(x).relu() if self.before_relu else self.act_quant(x.relu())
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,20 @@ class Scheme:
     weight_bits: int = 4
     act_bits: int = 4
     edge_bits: int = 8
+    per_channel: bool = False  # one weight step for each output channel
 
     def _bits(self, bits: int, edge: bool) -> int:
         return self.edge_bits if edge and bits != 32 else bits
 
+    def _weight(self, cout: int, edge: bool) -> nn.Module:
+        return self.weights.weight(self._bits(self.weight_bits, edge), cout if self.per_channel else None)
+
     def conv(self, cin: int, cout: int, kernel: int, stride: int = 1, edge: bool = False) -> QuantConv2d:
-        quant = self.weights.weight(self._bits(self.weight_bits, edge))
+        quant = self._weight(cout, edge)
         return QuantConv2d(cin, cout, kernel, stride, kernel // 2, quant)
 
     def linear(self, cin: int, cout: int, edge: bool = False) -> QuantLinear:
-        weight = self.weights.weight(self._bits(self.weight_bits, edge))
+        weight = self._weight(cout, edge)
         return QuantLinear(cin, cout, weight, self.activations.activation(self._bits(self.act_bits, edge)))
 
     def relu(self) -> QuantReLU:
@@ -92,9 +97,15 @@ def fake_quants(model: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
 
 
 def packed_bytes(layer: QuantConv2d | QuantLinear) -> int:
-    """Bytes of the layer's weights at their bit-width, the step (one float32) included."""
+    """Bytes of the layer's weights at their bit-width, or at that which their codes need, the steps (float32) included."""
     quant = layer.weight_quant
-    return -(-layer.weight.numel() * quant.bits // 8) + 4 if isinstance(quant, FakeQuant) else 4 * layer.weight.numel()
+    if not isinstance(quant, FakeQuant):
+        return 4 * layer.weight.numel()
+    bits = quant.bits
+    if quant.exceeds_bits:
+        codes = quant.codes(layer.weight)
+        bits = int(codes.max() - codes.min()).bit_length()
+    return -(-layer.weight.numel() * bits // 8) + 4 * quant.step().numel()
 
 
 @torch.no_grad()

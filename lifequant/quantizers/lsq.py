@@ -18,17 +18,17 @@ class LSQ(FakeQuant):
     but at most max|v| / qp: at 8 bits the paper's is so wide that four codes of five lie beyond all values.
     """
 
-    def __init__(self, bits: int, qn: int, qp: int) -> None:
+    def __init__(self, bits: int, qn: int, qp: int, channels: int | None = None) -> None:
         super().__init__(bits, qn, qp)
-        self.size = nn.Parameter(torch.ones(()))
+        self.channels = channels
+        self.size = nn.Parameter(torch.ones(() if channels is None else channels))
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return scale_gradient(self.size, 1 / math.sqrt(self.features(x) * self.qp))
+        return self.along(scale_gradient(self.size, 1 / math.sqrt(self.features(x) * self.qp)), x)
 
-    @staticmethod
-    def features(x: Tensor) -> int:
-        """N of the gradient's scale."""
-        return x.numel()
+    def features(self, x: Tensor) -> int:
+        """N of the gradient's scale: values that share a step."""
+        return x.numel() // (self.channels or 1)
 
     def into_codes(self, x: Tensor) -> Tensor:
         return x / self._scaled(x)
@@ -41,15 +41,16 @@ class LSQ(FakeQuant):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        size = torch.minimum(2 * x.abs().mean() / math.sqrt(self.qp), x.abs().max() / self.qp)
-        self.size.copy_(size.clamp(min=STEP_FLOOR))
+        size = self.each(x, self.channels).abs()
+        size = torch.minimum(2 * size.mean(1) / math.sqrt(self.qp), size.amax(1) / self.qp)
+        self.size.copy_(size.clamp(min=STEP_FLOOR).view_as(self.size))
 
 
 class LSQWeight(LSQ):
     """Signed: codes -2^(b-1) .. 2^(b-1)-1."""
 
-    def __init__(self, bits: int) -> None:
-        super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    def __init__(self, bits: int, channels: int | None = None) -> None:
+        super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, channels)
 
 
 class LSQActivation(LSQ):
@@ -58,8 +59,7 @@ class LSQActivation(LSQ):
     def __init__(self, bits: int) -> None:
         super().__init__(bits, 0, 2**bits - 1)
 
-    @staticmethod
-    def features(x: Tensor) -> int:
+    def features(self, x: Tensor) -> int:
         return x[0].numel()
 
 

@@ -27,36 +27,43 @@ class ProxQWeight(FakeQuant):
     straight through the rounding and truly through mean and std. c is learnt if ``learn_c``.
     """
 
-    def __init__(self, bits: int, c: float | None = None, learn_c: bool = False) -> None:
+    def __init__(self, bits: int, c: float | None = None, learn_c: bool = False, channels: int | None = None) -> None:
         qp = 2 ** (bits - 1) - 1
         super().__init__(bits, -qp, qp)
-        self.c = nn.Parameter(torch.tensor(float(BEST_C[bits] if c is None else c)), requires_grad=learn_c)
-        self.register_buffer("alpha", torch.ones(()))
+        self.channels = channels
+        shape = () if channels is None else (channels,)
+        self.c = nn.Parameter(torch.full(shape, float(BEST_C[bits] if c is None else c)), requires_grad=learn_c)
+        self.register_buffer("alpha", torch.ones(shape))
 
     def into_codes(self, x: Tensor) -> Tensor:
-        centred = x - x.mean()
-        return centred * (self.qp / (self.c * _std(centred)))
+        centred, std = self._space(x)
+        return centred * (self.qp / (self.along(self.c, x) * std))
 
     def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
-        return u * self.step()
+        return u * self.along(self.step(), x)
 
     def latent(self, u: Tensor, x: Tensor) -> Tensor:
-        return x.mean() + u * (self.c * _std(x - x.mean()) / self.qp)
+        centred, std = self._space(x)
+        return x - centred + u * (self.along(self.c, x) * std / self.qp)
 
     def step(self) -> Tensor:
         return self.alpha / self.qp
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        self.alpha.copy_(self.c * _std(x - x.mean()))
+        self.alpha.copy_(self.c * self._space(x)[1].view_as(self.c))
 
+    def _space(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x - mean, its population standard deviation, never 0: a constant tensor has codes 0).
 
-def _std(centred: Tensor) -> Tensor:
-    """Population standard deviation, never 0 (a constant tensor has codes 0).
-
-    Bounded before the root, whose gradient at 0 is infinite.
-    """
-    return centred.square().mean().clamp(min=STEP_FLOOR**2).sqrt()
+        Bounded before the root, whose gradient at 0 is infinite.
+        """
+        if self.channels is None:
+            centred = x - x.mean()
+            return centred, centred.square().mean().clamp(min=STEP_FLOOR**2).sqrt()
+        dims = tuple(range(1, x.dim()))
+        centred = x - x.mean(dims, keepdim=True)
+        return centred, centred.square().mean(dims, keepdim=True).clamp(min=STEP_FLOOR**2).sqrt()
 
 
 @register("quantizer", "proxq")
