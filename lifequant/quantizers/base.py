@@ -42,6 +42,7 @@ class FakeQuant(nn.Module):
 
     before_relu = False  # an activation quantizer that takes what the ReLU would, and is followed by it
     exceeds_bits = False  # gives more than 2^bits values; every report says so
+    weight_decay = False  # whether the optimizer decays its parameters, as PACT's L2 on the clipping level does
 
     def __init__(self, bits: int, qn: int, qp: int) -> None:
         super().__init__()
@@ -105,6 +106,7 @@ class Quantizer:
 
     name = ""
     help = ""
+    exceeds_bits = False  # its weights take more than 2^bits values
     weight_type: type[FakeQuant]
     act_type: type[FakeQuant]
     act_options: Mapping[str, Any] = MappingProxyType(
