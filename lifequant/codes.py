@@ -11,15 +11,17 @@ from lifequant.quantizers.base import FakeQuant
 from lifequant.quantizers.layers import packed_bytes, watching_activations, weight_layers
 
 
-def code_counts(model: nn.Module, x: Tensor) -> dict[str, tuple[FakeQuant, Tensor]]:
-    """{tensor: (its quantizer, images of each code from qn to qp)}, weights and activations (on images x)."""
-    counts: dict[str, tuple[FakeQuant, Tensor]] = {}
+def code_counts(model: nn.Module, x: Tensor) -> dict[str, tuple[FakeQuant, int, Tensor]]:
+    """{tensor: (its quantizer, the first code, how often each code from that one on occurs)}, int64, weights and
+    activations (on images x). The codes are qn to qp, and those beyond that are used (``exceeds_bits``)."""
+    counts: dict[str, tuple[FakeQuant, int, Tensor]] = {}
 
     def count(name: str, quant: FakeQuant, value: Tensor) -> None:
-        values, times = quant.codes(value).unique(return_counts=True)
-        dense = torch.zeros(max(quant.qp, values.max().item()) - quant.qn + 1, dtype=torch.int64, device=value.device)
-        dense[values.long() - quant.qn] = times
-        counts[name] = quant, dense
+        codes, times = quant.codes(value).long().unique(return_counts=True)
+        first, last = min(quant.qn, int(codes[0])), max(quant.qp, int(codes[-1]))
+        dense = torch.zeros(last - first + 1, dtype=torch.int64, device=value.device)
+        dense[codes - first] = times
+        counts[name] = quant, first, dense
 
     for name, layer in weight_layers(model):
         if isinstance(layer.weight_quant, FakeQuant):

@@ -203,8 +203,8 @@ def assemble(run: Run) -> dict[str, Any]:
     R = history["top1"]
     x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method)).batch(task.pool[:CODE_IMAGES])
     codes = code_counts(run.model, x)
-    for name, (quant, counts) in codes.items():
-        if int((counts > 0).sum()) > 2**quant.bits:
+    for name, (quant, _, counts) in codes.items():
+        if int((counts > 0).sum()) > 2**quant.bits and not quant.exceeds_bits:
             raise RuntimeError(f"{name} has {int((counts > 0).sum())} codes, more than {quant.bits} bits have")
     weights, steps = snapshots(run)
     tests = [len(rows) for rows in data.test_rows]
@@ -230,8 +230,8 @@ def assemble(run: Run) -> dict[str, Any]:
         "space_shift": metrics.space_shift(weights),
         "step_change": metrics.step_change(steps),
         "quantization_error": history["quantization_error"],
-        "max_codes_per_tensor": {name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, c) in codes.items()},
-        "code_histograms": {name: {"first_code": q.qn, "counts": c.tolist()} for name, (q, c) in codes.items()},
+        "max_codes_per_tensor": {name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, _, c) in codes.items()},
+        "code_histograms": {name: {"first_code": first, "counts": c.tolist()} for name, (_, first, c) in codes.items()},
         "memory_bytes": {"packed_model": packed_model_bytes(run.model), **history["memory"]},
         "seconds": round(history["seconds"], 3),
         "images_per_second": run.clock.images_per_second(),

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lifequant.errors import UserError
+
 STEP_FLOOR = 1e-6  # a step below it is a failure of the run, which reports it; without it a negative step flips signs
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 32)
 
@@ -31,6 +33,35 @@ def scale_gradient(parameter: Tensor, factor: float) -> Tensor:
     """The parameter's value, bit for bit, with its gradient times ``factor`` (LSQ, Esser et al. 2020, sec. 2.2)."""
     scaled = parameter * factor
     return parameter.detach() + (scaled - scaled.detach())
+
+
+def standardize(x: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
+    """(x - mean, population standard deviation), differentiable; over the tensor, or over each output channel.
+
+    The deviation is at least STEP_FLOOR, so a constant tensor gives 0; bounded before the root, whose gradient at 0 is
+    infinite. A power of two changes no digit and keeps the squares of huge values finite.
+    """
+    scale = 2.0**-40
+    dims = None if channels is None else tuple(range(1, x.dim()))
+    centred = x - x.mean(dims, keepdim=channels is not None)
+    variance = (centred * scale).square().mean(dims, keepdim=channels is not None)
+    return centred, variance.clamp((STEP_FLOOR * scale) ** 2, torch.finfo(x.dtype).max).sqrt() / scale
+
+
+def sample(x: Tensor, size: int = 2**13) -> Tensor:
+    """About ``size`` of the values of ``x``, flat, always the same places; all where there are fewer.
+
+    The stride is odd, so that it walks through the channels and places of a power-of-two shape.
+    """
+    flat = x.flatten()
+    return flat[:: (len(flat) // size) | 1]
+
+
+def high_quantile(x: Tensor) -> Tensor:
+    """The 99.9 % quantile of a sample of the positive values, a scalar: 3.3 standard deviations behind a BatchNorm and a
+    ReLU. 0 where no value is positive. Of positive ones alone, since most units of a layer may be silent."""
+    positive = sample(x[x > 0])
+    return positive.quantile(0.999) if len(positive) else x.new_zeros(())
 
 
 class FakeQuant(nn.Module):
@@ -66,7 +97,10 @@ class FakeQuant(nn.Module):
         raise NotImplementedError
 
     def calibrate(self, x: Tensor) -> None:
-        """Set the step from data, in place, so that an optimizer made before keeps its parameter."""
+        """Set the step from data, in place, so that an optimizer made before keeps its parameter.
+
+        Raises UserError where ``x`` is not finite (``refuse_non_finite``).
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,6 +117,15 @@ class FakeQuant(nn.Module):
     def step_parameters(self) -> list[nn.Parameter]:
         """Parameters that must stay positive; like all parameters of a quantizer they take no weight decay."""
         return [p for p in self.parameters(recurse=False) if p.requires_grad]
+
+    def refuse_non_finite(self, x: Tensor) -> None:
+        """Raises UserError where data to calibrate on are NaN or infinite."""
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise UserError(
+                f"{type(self).__name__}, {self.bits} bits: {bad} of the {x.numel()} values (shape {list(x.shape)}) to set "
+                "its step from are NaN or infinite: begin from a model that has not diverged, and look at its input"
+            )
 
     @staticmethod
     def along(value: Tensor, x: Tensor) -> Tensor:

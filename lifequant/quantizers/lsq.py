@@ -41,6 +41,7 @@ class LSQ(FakeQuant):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
+        self.refuse_non_finite(x)
         size = self.each(x, self.channels).abs()
         size = torch.minimum(2 * size.mean(1) / math.sqrt(self.qp), size.amax(1) / self.qp)
         self.size.copy_(size.clamp(min=STEP_FLOOR).view_as(self.size))

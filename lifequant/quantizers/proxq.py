@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.cli import boolean, real
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer
+from lifequant.quantizers.base import FakeQuant, Quantizer, standardize
 from lifequant.quantizers.lsq import LSQActivation
 from lifequant.registry import register
 
@@ -36,14 +36,14 @@ class ProxQWeight(FakeQuant):
         self.register_buffer("alpha", torch.ones(shape))
 
     def into_codes(self, x: Tensor) -> Tensor:
-        centred, std = self._space(x)
+        centred, std = standardize(x, self.channels)
         return centred * (self.qp / (self.along(self.c, x) * std))
 
     def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
         return u * self.along(self.step(), x)
 
     def latent(self, u: Tensor, x: Tensor) -> Tensor:
-        centred, std = self._space(x)
+        centred, std = standardize(x, self.channels)
         return x - centred + u * (self.along(self.c, x) * std / self.qp)
 
     def step(self) -> Tensor:
@@ -51,19 +51,8 @@ class ProxQWeight(FakeQuant):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        self.alpha.copy_(self.c * self._space(x)[1].view_as(self.c))
-
-    def _space(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x - mean, its population standard deviation, never 0: a constant tensor has codes 0).
-
-        Bounded before the root, whose gradient at 0 is infinite.
-        """
-        if self.channels is None:
-            centred = x - x.mean()
-            return centred, centred.square().mean().clamp(min=STEP_FLOOR**2).sqrt()
-        dims = tuple(range(1, x.dim()))
-        centred = x - x.mean(dims, keepdim=True)
-        return centred, centred.square().mean(dims, keepdim=True).clamp(min=STEP_FLOOR**2).sqrt()
+        self.refuse_non_finite(x)
+        self.alpha.copy_(self.c * standardize(x, self.channels)[1].view_as(self.c))
 
 
 @register("quantizer", "proxq")

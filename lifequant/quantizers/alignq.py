@@ -1,0 +1,91 @@
+"""AlignQ (Chen et al., CVPR 2022): values pass their cumulative distribution, so that all codes are equally likely."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lifequant.quantizers.base import FakeQuant, Quantizer, round_ste, standardize
+from lifequant.registry import register
+
+
+class AlignQ(FakeQuant):
+    """y = reach * (2 Q_k(Phi(z)) - 1), Q_k(p) = round(p n) / n, n = 2^b - 1: codes 0 .. n, symmetric, without a zero.
+
+    Phi is the standard normal distribution function; z is for a subclass to say. The gradient is straight through the
+    rounding and true through Phi. Nothing is learnt or calibrated.
+    """
+
+    reach = 1.0
+
+    def __init__(self, bits: int, channels: int | None = None) -> None:
+        super().__init__(bits, 0, 2**bits - 1)
+        self.channels = channels
+        distance = torch.full(() if channels is None else (channels,), 2 * self.reach / self.qp)
+        self.register_buffer("distance", distance, persistent=False)
+
+    def into_codes(self, x: Tensor) -> Tensor:
+        return self.qp * 0.5 * (1 + torch.erf(self.standard(x) / math.sqrt(2)))
+
+    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.reach * (2 * u / self.qp - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.into_codes(x)  # in 0 .. n as it is
+        return self.from_codes(round_ste(u) if self.rounding else u, x)
+
+    def standard(self, x: Tensor) -> Tensor:
+        """z, with the shape of ``x``."""
+        raise NotImplementedError
+
+    def standard_latent(self, u: Tensor) -> Tensor:
+        """z of codes ``u``; the codes at the ends stand for values at infinity and are bounded."""
+        bound = 1 - torch.finfo(u.dtype).eps
+        return math.sqrt(2) * torch.erfinv((2 * u / self.qp - 1).clamp(-bound, bound))
+
+    def step(self) -> Tensor:
+        return self.distance
+
+    def calibrate(self, x: Tensor) -> None:
+        self.refuse_non_finite(x)
+
+
+class AlignQWeight(AlignQ):
+    """z = (w - mean) / std; the gradient goes through mean and std."""
+
+    def standard(self, x: Tensor) -> Tensor:
+        centred, std = standardize(x, self.channels)
+        return centred / std
+
+    def latent(self, u: Tensor, x: Tensor) -> Tensor:
+        centred, std = standardize(x, self.channels)
+        return x - centred + std * self.standard_latent(u)
+
+
+class AlignQActivation(AlignQ):
+    """z = x, the output of a BatchNorm, before the ReLU: y = 2 (2 Q_k(Phi(x)) - 1).
+
+    After the ReLU 2^(b-1) positive values and 0 are left. The input of the last layer, a mean of such values, is
+    quantized the same way and uses the codes from n/2 on.
+    """
+
+    before_relu = True
+    reach = 2.0
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+
+    def standard(self, x: Tensor) -> Tensor:
+        return x
+
+    def latent(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.standard_latent(u)
+
+
+@register("quantizer", "alignq")
+class AlignQQuantizer(Quantizer):
+    help = "codes equally likely by the normal distribution function, before the ReLU (AlignQ, Chen et al., CVPR 2022)"
+    weight_type = AlignQWeight
+    act_type = AlignQActivation

@@ -1,0 +1,125 @@
+"""Additive powers of two (APoT, Li et al., ICLR 2020): levels that are sums of powers of two, denser near zero."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, standardize
+from lifequant.registry import register
+
+
+def powers_of_two(bits: int) -> list[float]:
+    """The 2^bits levels of a magnitude, sorted, from 0 to 1 (sec. 2.2, with base bit-width k = 2).
+
+    n = bits // 2 terms have two bits each, {0, 2^-e, 2^-e', 2^-e''}, and where bits is odd one more has one; no exponent
+    occurs twice, so all sums differ.
+    """
+    n, odd = divmod(bits, 2)
+    terms = [[0, 2**-j, 2 ** -(n + j), 2 ** -(2 * n + odd + j)] for j in range(1, n + 1)]
+    terms += [[0, 2 ** -(2 * n + 1)]] * odd
+    sums = sorted(map(sum, itertools.product(*terms)))
+    return [value / sums[-1] for value in sums]
+
+
+class APoT(FakeQuant):
+    """Projection of z / a on the levels, times a. A code is a level's place in the table, 0 the zero.
+
+    da = sum dy * {sign z where clipped, else q - z / a}, q the level (eq. 8). As z, and what of dy reaches x, weights
+    and activations differ.
+    """
+
+    def __init__(self, bits: int, levels: list[float], zero: int, alpha: float, channels: int | None = None) -> None:
+        super().__init__(bits, -zero, len(levels) - 1 - zero)
+        self.channels, self.zero = channels, zero
+        self.alpha = nn.Parameter(torch.full(() if channels is None else (channels,), alpha))
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+
+    def place(self, t: Tensor) -> Tensor:
+        """Real-valued code of ``t``, linear between levels and beyond the last: halfway between two is the code + 1/2."""
+        t = t.detach()
+        low = torch.bucketize(t, self.levels[1:-1], right=True)
+        return low + (t - self.levels[low]) / (self.levels[low + 1] - self.levels[low]) - self.zero
+
+    def level(self, u: Tensor) -> Tensor:
+        """The inverse of ``place``; a whole code gives its level exactly."""
+        u = u.detach() + self.zero
+        low = u.floor().clamp(0, len(self.levels) - 2)
+        part, low = u - low, low.long()
+        return self.levels[low] * (1 - part) + self.levels[low + 1] * part
+
+    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.level(u) * self.along(self.alpha, x)
+
+    def project(self, t: Tensor) -> Tensor:
+        """The level nearest to ``t``, with the gradient of ``t`` clipped; ``t`` itself while ``rounding`` is False."""
+        if not self.rounding:
+            return t
+        nearest = self.level(self.place(t).clamp(self.qn, self.qp).round())
+        clipped = t.clamp(-1 if self.zero else 0, 1)
+        return nearest + (clipped - clipped.detach())
+
+    def step(self) -> Tensor:
+        """The smallest distance of two neighbouring values, that beside 0."""
+        return self.alpha.detach() * self.levels[self.zero + 1]
+
+
+class APoTWeight(APoT):
+    """z = (w - mean) / std, both detached; levels -a .. a, the magnitude's b - 1 bits with a sign: 2^b - 1 values.
+
+    dw = dy / std, where clipped too. a begins at 3, not from data: z has the same scale in every layer.
+    """
+
+    def __init__(self, bits: int, channels: int | None = None) -> None:
+        magnitudes = powers_of_two(bits - 1)
+        levels = [-value for value in magnitudes[:0:-1]] + magnitudes
+        super().__init__(bits, levels, len(magnitudes) - 1, 3.0, channels)
+
+    def into_codes(self, x: Tensor) -> Tensor:
+        centred, std = standardize(x, self.channels)
+        return self.place(centred / (std * self.along(self.alpha, x)))
+
+    def latent(self, u: Tensor, x: Tensor) -> Tensor:
+        centred, std = standardize(x, self.channels)
+        return x - centred + std * self.from_codes(u, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred, std = standardize(x.detach(), self.channels)
+        alpha = self.along(self.alpha, x)
+        return alpha * self.project(centred / (std * alpha)) + (x - x.detach()) / std
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        self.refuse_non_finite(x)
+        self.alpha.fill_(3.0)
+
+
+class APoTActivation(APoT):
+    """z = x after a ReLU; levels 0 .. a, 2^b values. dx = dy below a.
+
+    a begins at a high quantile of the data, not at the paper's 8: at 2 bits that loses a third of the power behind a
+    BatchNorm (squared error 0.33 of the half-normal's, 0.05 at best), at 3 bits 0.053 (0.013).
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits, powers_of_two(bits), 0, 8.0)
+
+    def into_codes(self, x: Tensor) -> Tensor:
+        return self.place(x / self.alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alpha * self.project(x / self.alpha)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        self.refuse_non_finite(x)
+        self.alpha.copy_(high_quantile(x).clamp(min=STEP_FLOOR / self.levels[1]))
+
+
+@register("quantizer", "apot")
+class APoTQuantizer(Quantizer):
+    help = "levels that are sums of powers of two, with a learned clipping level (APoT, Li et al., ICLR 2020)"
+    weight_type = APoTWeight
+    act_type = APoTActivation
