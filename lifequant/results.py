@@ -230,7 +230,9 @@ def assemble(run: Run) -> dict[str, Any]:
         "space_shift": metrics.space_shift(weights),
         "step_change": metrics.step_change(steps),
         "quantization_error": history["quantization_error"],
-        "max_codes_per_tensor": {name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, _, c) in codes.items()},
+        "max_codes_per_tensor": {
+            name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, _, c) in codes.items()
+        },
         "code_histograms": {name: {"first_code": first, "counts": c.tolist()} for name, (_, first, c) in codes.items()},
         "memory_bytes": {"packed_model": packed_model_bytes(run.model), **history["memory"]},
         "seconds": round(history["seconds"], 3),
