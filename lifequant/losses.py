@@ -53,6 +53,25 @@ def class_balanced(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return (weights[y] * F.cross_entropy(logits, y, reduction="none")).mean()
 
 
+def distillation(logits: Tensor, teacher: Tensor, known: Tensor, temperature: float) -> Tensor:
+    """Scalar: batch mean of KL(softmax(teacher / T) || softmax(logits / T)) over the classes ``known`` (bool [C]).
+
+    logits, teacher: float [N, C]. Without Hinton's factor T^2, as Learning without Forgetting (Li and Hoiem, ECCV 2016,
+    eq. 2 up to the teacher's entropy, which has no gradient), Mammoth and Avalanche have it. Exactly 0 where nothing is known.
+    """
+    p = F.log_softmax(only(teacher / temperature, known), 1)
+    q = F.log_softmax(only(logits / temperature, known), 1)
+    return torch.where(known, p.exp() * (p - q), 0).sum(1).mean()
+
+
+def only(logits: Tensor, keep: Tensor) -> Tensor:
+    """[N, C] logits, very negative where ``keep`` (bool, broadcast) is not set, so that softmax gives 0 there.
+
+    Finite: minus infinity would make NaN of softmax * log softmax, and of a row in which nothing is kept.
+    """
+    return torch.where(keep, logits, torch.finfo(logits.dtype).min / 2)
+
+
 LOSSES: dict[str, Loss] = {
     f.__name__: f for f in (ce, ball, ball_prior, ball_negative, balanced_softmax, class_balanced)
 }

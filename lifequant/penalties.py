@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.importance import at_quantized_weights, conv_weights, per_batch, per_sample
-from lifequant.methods.base import LifelongMethod, Task
+from lifequant.importance import at_quantized_weights, conv_weights, evaluating, per_batch, per_sample, protected
+from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.quantizers.base import FakeQuant
 from lifequant.quantizers.layers import packed_bytes, weight_layers
+from lifequant.stored_logits import StoredLogits
 
 
 class Anchored(LifelongMethod):
@@ -140,25 +141,61 @@ class ProxQPaper(Anchored):
 
 
 class ProxQPublished(Anchored):
-    """The authors' code: lambda sum F (w - w_s)^2 over all named parameters, latent; F of batch means on replay data."""
+    """The authors' code: lambda sum F (w - w_s)^2 over all parameters but the quantizers', latent; F of batch means on
+    replay data."""
 
     default_lambda = 100.0
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: p for name, p in model.named_parameters() if p.dim() > 0}  # step sizes are scalars
+        return dict(protected(model))
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
         if not replay_there(task, len(task.replay)):
             return None
-        training = model.training
-        model.eval()
-        importance = per_batch(model, self.values(model), *task.batch(task.replay), task.batch_size)
-        model.train(training)
-        return importance
+        with evaluating(model):
+            return per_batch(model, self.values(model), *task.batch(task.replay), task.batch_size)
 
     def memory_bytes(self) -> dict[str, int]:
         latent = sum(a.numel() * a.element_size() for a in self.anchor.values())
         return super().memory_bytes() | {"reference": latent}
+
+
+class ProxQFunction(LifelongMethod):
+    """The functional form: mean over the batch's replay images of ||f_t(x) - f_s(x)||^2 / |classes that s knew|, over
+    those classes. Weights may move wherever old outputs do not.
+
+    f_s are the former task's logits in eval mode of the image as it is, computed for all replay images as a task begins.
+    Close to dark experience replay, which keeps the logits of an image's own task.
+    """
+
+    holds_down = True
+    default_lambda = 0.5
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.stored = StoredLogits()
+        self.known: Tensor | None = None
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        self.stored.update(model, task, again=True)
+        if self.known is None:
+            self.known = torch.zeros_like(task.known)
+        self.known.copy_(task.known)
+        if task.id > 0:
+            replay_there(task, len(task.replay))
+
+    def output_penalty(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.stored.distance(logits, batch, self.known) / self.known.sum().clamp(min=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"known": self.known, "stored": self.stored.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.known = state["known"]
+        self.stored.load_state_dict(state["stored"])
+
+    def memory_bytes(self) -> dict[str, int]:
+        return {"logits": self.stored.nbytes()}
 
 
 def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tensor] | None, float]:
@@ -175,8 +212,14 @@ def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tens
 def replay_there(task: Task, images: int) -> bool:
     """Whether there is replay data to estimate from; warns if not."""
     if images == 0:
-        task.warn(f"task {task.id}: no replay image to estimate the penalty's importances from: the penalty is 0")
+        task.warn(f"task {task.id}: no replay image to estimate the penalty from: it is 0")
     return images > 0
 
 
-PENALTIES = {"proxq": ProxQ, "proxq_step": ProxQStep, "proxq_paper": ProxQPaper, "proxq_published": ProxQPublished}
+PENALTIES = {
+    "proxq": ProxQ,
+    "proxq_step": ProxQStep,
+    "proxq_paper": ProxQPaper,
+    "proxq_published": ProxQPublished,
+    "proxq_function": ProxQFunction,
+}

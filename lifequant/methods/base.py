@@ -44,6 +44,7 @@ class Task:
     batch_size: int
     stored: int = 0  # images in the replay store, those that ``new`` has as well included
     warn: Callable[[str], None] = field(default=lambda text: None)
+    rows_last: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
     counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
     known: Tensor = field(init=False)  # bool [C], classes of former tasks
@@ -57,6 +58,42 @@ class Task:
         """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
         x = self.images[rows]
         return normalise(x) if x.dtype == torch.uint8 else x, self.labels[rows]
+
+
+def user_task(
+    id: int,
+    x: Tensor,
+    y: Tensor,
+    replay_x: Tensor | None = None,
+    replay_y: Tensor | None = None,
+    past_y: Tensor | None = None,
+    *,
+    num_classes: int,
+    batch_size: int = 128,
+) -> Task:
+    """A Task for a training loop of your own: its images, those stored of former tasks, the labels of all former images.
+
+    x, replay_x: float [N, ...], ready for the model (or uint8 [N, 3, H, W], which are normalised); y, replay_y, past_y:
+    int64. ``id`` counts from 0. ``past_y`` has the labels of all images of former tasks, the stored ones among them; left
+    out, those of the stored ones alone. A replay image's row, for Batch.rows, is len(x) + its place in ``replay_x``.
+    """
+    replay_x = x[:0] if replay_x is None else replay_x
+    replay_y = y[:0] if replay_y is None else replay_y
+    past_y = replay_y if past_y is None else past_y
+    new, stored, past = (torch.arange(len(labels), device=y.device) for labels in (y, replay_y, past_y))
+    return Task(
+        id=id,
+        classes=sorted(set(y.tolist())),
+        images=torch.cat([x, replay_x]),
+        labels=torch.cat([y, replay_y, past_y]),
+        new=new,
+        replay=len(y) + stored,
+        past=len(y) + len(stored) + past,
+        num_classes=num_classes,
+        batch_size=batch_size,
+        stored=len(stored),
+        rows_last=False,
+    )
 
 
 class LifelongMethod:

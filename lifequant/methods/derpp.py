@@ -1,0 +1,56 @@
+"""Dark experience replay ++."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor, nn
+
+from lifequant.cli import real
+from lifequant.methods.base import Batch, LifelongMethod, Task
+from lifequant.registry import register
+from lifequant.stored_logits import StoredLogits
+
+
+@register("method", "derpp")
+class DERpp(LifelongMethod):
+    """Replay + alpha * mean squared difference of a replay image's logits from those stored with it (Buzzega et al.,
+    NeurIPS 2020, eq. 6).
+
+    The label loss is that of the pool's mean, new and replay images alike, so that ``--loss`` and ``--sampler`` apply;
+    Buzzega et al. weigh the replay images' labels by beta in a batch of their own. Logits are computed at the end of the
+    task that an image belongs to (theirs, while it is trained on), in eval mode, of the image as it is.
+    """
+
+    help = "dark experience replay ++: replay with stored logits (Buzzega et al., NeurIPS 2020)"
+    parts = LifelongMethod.parts | {"replay": True}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.alpha = config.option(self.name)["alpha"]
+        self.stored = StoredLogits()
+
+    @staticmethod
+    def add_args(group: argparse._ArgumentGroup) -> None:
+        group.add_argument(
+            "--derpp_alpha", type=real(0), metavar="A", default=0.5, help="weight of the stored logits' term"
+        )
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        super().begin_task(model, task)
+        self.stored.update(model, task, again=False)
+
+    def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        term = self.stored.distance(logits, batch) / logits.shape[1]
+        return super().task_loss(logits, batch) + self.alpha * term
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"stored": self.stored.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.stored.load_state_dict(state["stored"])
+
+    def memory_bytes(self) -> dict[str, int]:
+        return {"logits": self.stored.nbytes()}
