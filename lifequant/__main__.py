@@ -9,12 +9,19 @@ from lifequant.cli import run_main
 
 
 def train(argv: Sequence[str]) -> int:
-    """Parse, then train or test. Raises UserError."""
+    """Parse, then train, test or list. Raises UserError."""
     from lifequant import options
 
+    if "--list" in argv:
+        from lifequant import registry
+
+        print(registry.describe())
+        return 0
     config, notes = options.parse(argv)
     if config.test_only:
         from lifequant.test_only import test as job
+    elif config.bit_schedule:
+        from lifequant.ladder import run as job
     else:
         from lifequant.train import run as job
     job(config, notes)

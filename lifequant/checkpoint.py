@@ -16,8 +16,8 @@ from torch import nn
 
 from lifequant import registry
 from lifequant.augment import MEAN, STD
+from lifequant.config import Config
 from lifequant.errors import UserError
-from lifequant.options import Config
 from lifequant.quantizers.layers import Scheme
 
 SCHEMA = 1
@@ -64,12 +64,28 @@ def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str,
 
 def build(config: Config, num_classes: int) -> nn.Module:
     """The quantized network of a config, randomly initialised from its seed alone."""
-    weights = registry.quantizer(config.quantizer, **config.option(config.quantizer))
-    scheme = Scheme(weights, weights, config.bitW, config.abitW, config.first_last_bits)
+    scheme = make_scheme(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = registry.model(config.target_model)(num_classes, scheme, config.shortcut)
+    if config.layer_bits:
+        from lifequant.quantizers.layers import set_layer_bits
+
+        set_layer_bits(model, scheme, config.bits_of_layers())
     return model.to(memory_format=torch.channels_last)
+
+
+def make_scheme(config: Config) -> Scheme:
+    """Weights and activations may have different quantizers."""
+    activations = config.act_quantizer or config.quantizer
+    return Scheme(
+        weights=registry.quantizer(config.quantizer, **config.option(config.quantizer)),
+        activations=registry.quantizer(activations, **config.option(activations)),
+        weight_bits=config.bitW,
+        act_bits=config.abitW,
+        edge_bits=config.first_last_bits,
+        per_channel=config.per_channel,
+    )
 
 
 def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dict[str, Any]:
@@ -106,8 +122,9 @@ def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) 
             raise UserError(f"{path}: its {name} is {theirs.get(name)}, this run's is {ours}")
     if len(state["class_names"]) != num_classes:
         raise UserError(f"{path}: it has {len(state['class_names'])} classes, the data set has {num_classes}")
-    quant = ("quantizer", "bitW", "abitW", "first_last_bits")
-    if all(theirs.get(name) == getattr(config, name) for name in quant):
+    theirs = {"act_quantizer": theirs["quantizer"], "per_channel": False, "layer_bits": None, **theirs}
+    quant = ("quantizer", "act_quantizer", "bitW", "abitW", "first_last_bits", "per_channel", "layer_bits")
+    if all(theirs[name] == getattr(config, name) for name in quant):
         load_strictly(path, model, weights)
         return True
     load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)

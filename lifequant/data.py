@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lifequant import dataset_json
+from lifequant.config import REPLAY_RATE, Config
 from lifequant.errors import UserError, closest
 from lifequant.files import TOP, find_folder, prepare_command
 from lifequant.images import default_cache_dir, load_images, missing_images
 from lifequant.methods.base import LifelongMethod, Task
-from lifequant.options import REPLAY_RATE, Config
 from lifequant.replay import stored_rows
 from lifequant.split import long_tail, lowest, share_of_each
 from lifequant.task_csv import Rows, csv_name, prefixes, read_rows, task_numbers
@@ -53,17 +53,20 @@ class DataSet:
         train = self.train.labels[self.new[place]].tolist()
         return sorted({*train, *self.test.labels[self.test_rows[place]].tolist()})
 
+    def stored(self, tasks: int, config: Config) -> list[int]:
+        """Rows in train that are kept for replay after the first so many tasks."""
+        if (config.replay_rate == 0 and config.buffer_size is None) or tasks == 0:
+            return []
+        if self.replay_csv is not None and config.buffer_size is None:
+            return sorted(set().union(*self.replay_csv[:tasks]))
+        labels, rate = self.train.labels.tolist(), REPLAY_RATE if config.replay_rate is None else config.replay_rate
+        return stored_rows(self.train.paths, labels, self.new[:tasks], rate, config.buffer_size, config.seed)
+
     def task(self, place: int, config: Config, method: LifelongMethod) -> Task:
         """What a method sees of the task; a joint method sees all tasks as one."""
         new = sorted(set().union(*self.new)) if method.joint else self.new[place]
         past = [] if method.joint else self.new[:place]
-        if config.replay_rate == 0 and config.buffer_size is None:
-            stored = []
-        elif self.replay_csv is not None and config.buffer_size is None:
-            stored = sorted(set().union(*self.replay_csv[:place])) if place else []
-        else:
-            labels, rate = self.train.labels.tolist(), REPLAY_RATE if config.replay_rate is None else config.replay_rate
-            stored = stored_rows(self.train.paths, labels, past, rate, config.buffer_size, config.seed)
+        stored = [] if method.joint else self.stored(place, config)
         here, device = set(new), self.train.images.device
 
         def rows(values: Sequence[int]) -> Tensor:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from lifequant.config import Config
 from lifequant.errors import UserError
-from lifequant.options import Config
 
 COMPILE_FROM_STEPS = 400  # a compilation takes about a minute on two cores and saves some 0.15 s a step
 

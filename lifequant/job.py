@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lifequant import checkpoint, registry
+from lifequant.config import Config, free_names
 from lifequant.errors import UserError
-from lifequant.options import Config, free_names
 
 PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
 NEEDED_BYTES = 50_000_000  # a run of three tasks: its checkpoints and curves
@@ -121,34 +121,9 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
     return state
 
 
-# What decides a task's training whatever the lifelong method is; up to the end of task 0 nothing else does.
-_ALWAYS = [
-    "quantizer",
-    "bitW",
-    "abitW",
-    "first_last_bits",
-    "target_model",
-    "shortcut",
-    "loss",
-    "sampler",
-    "num_epochs",
-    "train_batch_size",
-    "lr",
-    "step_lr",
-    "sched",
-    "warmup_epochs",
-    "lr_gamma",
-    "lr_decay_step",
-    "lr_decay_steps",
-    "momentum",
-    "weight_decay",
-    "seed",
-    "image_size",
-    "lt_gamma",
-    "val_fraction",
-    "compile",
-]
-_LATER = ["method", "penalty", "ll_lambda", "replay_rate", "buffer_size"]
+# Settings that decide nothing before the first task with replay, and those that data_key or others stand for.
+_LATER = {"method", "penalty", "ll_lambda", "replay_rate", "buffer_size", "distill", "distill_temperature"}
+_ELSEWHERE = {"dataset", "num_tasks", "task_id", "num_classes", "ll_method", "preset", "balanced", "arch", "start_task"}
 
 
 def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
@@ -161,8 +136,10 @@ def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
         )
     state = checkpoint.read(path, "run")
     ours, theirs = config.asdict(), state["config"]
-    quantizer_flags = [name for name in config.options if name.startswith(config.quantizer + "_")]
-    for name in [*_ALWAYS, *quantizer_flags, *(_LATER if config.start_task > 1 else [])]:
+    apart = _ELSEWHERE | free_names() | (_LATER if config.start_task == 1 else set())
+    if config.start_task == 1:
+        apart |= {name for name in ours | theirs if name.startswith((config.method + "_", theirs["method"] + "_"))}
+    for name in sorted({*ours, *theirs} - apart):
         if ours.get(name) != theirs.get(name):
             raise UserError(
                 f"--from {run}: its {name} is {theirs.get(name)}, this run's {ours.get(name)}: they differ before task {config.start_task}"

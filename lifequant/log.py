@@ -18,6 +18,7 @@ from lifequant.cli import one_line
 COMPARED = [
     "method",
     "quantizer",
+    "act_quantizer",
     "bitW",
     "abitW",
     "loss",
@@ -119,6 +120,12 @@ def matrix_picture(matrix: list[list[float]], cell: int = 72) -> np.ndarray:
     return np.asarray(image)
 
 
+def not_b_bit(results: dict[str, Any]) -> str:
+    """The quantizer and its most codes where a tensor has more than 2^bits of them; else an empty string."""
+    over = [c["codes"] for c in results["max_codes_per_tensor"].values() if c["codes"] > 2 ** c["bits"]]
+    return f"{results['config']['quantizer']} gives up to {max(over)} codes a tensor" if over else ""
+
+
 def table(results: dict[str, Any]) -> str:
     """The accuracy matrix with its averages, readable at 80 columns: at most the first 7 and the last task's columns."""
     matrix, tasks = results["top1"], results["tasks"]
@@ -136,12 +143,15 @@ def table(results: dict[str, Any]) -> str:
         values = ((name, results[name.replace(" ", "_")]) for name in names)
         return "   ".join(f"{name} {'-' if v is None else format(v, '.2f')}" for name, v in values)
 
-    memory = "  ".join(f"{name} {size / 1000:.0f}" for name, size in results["memory_bytes"].items())
+    memory = "  ".join(f"{name} {size / 1000:.0f}" for name, size in results["memory_bytes"].items() if size)
+    if results["average_accuracy_nme"] is not None:
+        lines.append(f"{'by exemplars':<14}" + "".join(f"{results['top1_nme'][-1][i]:8.2f}" for i in shown))
     return "\n".join(
         [
             *lines,
             line("average accuracy", "average accuracy weighted"),
             line("forgetting", "forgetting rate", "bwt", "fwt"),
             f"memory (kB): {memory}",
+            *([f"not {results['config']['bitW']}-bit: {exceeding}"] if (exceeding := not_b_bit(results)) else []),
         ]
     )

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lifequant import checkpoint
 from lifequant.augment import normalise
+from lifequant.config import Config
 from lifequant.errors import UserError
 from lifequant.images import as_pixels
-from lifequant.options import Config
 
 
 def load(job_dir: str | Path) -> nn.Module:

@@ -1,5 +1,7 @@
 """Names to classes. A file in methods/, quantizers/ or models/ registers what it holds; nothing else needs to know it.
 
+Other packages add theirs by entry points in the groups lifequant.methods, lifequant.quantizers and lifequant.models.
+
 >>> from lifequant import registry
 >>> registry.quantizer("proxq").weight(4)  # doctest: +ELLIPSIS
 ProxQWeight(...)
@@ -10,11 +12,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 from lifequant.errors import UserError, closest
 
-_PACKAGES = {"quantizer": "lifequant.quantizers", "method": "lifequant.methods", "model": "lifequant.models"}
+_PACKAGES = {"method": "lifequant.methods", "quantizer": "lifequant.quantizers", "model": "lifequant.models"}
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _PACKAGES}
 _loaded: set[str] = set()
 
@@ -37,7 +40,22 @@ def names(kind: str) -> list[str]:
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{_PACKAGES[kind]}.{module.name}")
         _loaded.add(kind)
+        for point in entry_points(group=_PACKAGES[kind]):
+            _add(kind, point)
     return sorted(_registered[kind])
+
+
+def _add(kind: str, point: Any) -> None:
+    """Register what another package offers. Raises UserError where it can't be had, or takes a name that is there."""
+    where = f"entry point {point.name!r} of {point.dist.name if point.dist else 'a package'} ({_PACKAGES[kind]})"
+    former = _registered[kind].get(point.name)
+    try:
+        thing = point.load()
+    except Exception as error:  # another's import may raise anything
+        raise UserError(f"{where}: {point.value} can't be loaded ({error}): mend or uninstall that package") from error
+    if former not in (None, thing):
+        raise UserError(f"{where}: there is a {kind} of that name already: rename or uninstall it")
+    register(kind, point.name)(thing)
 
 
 def _find(kind: str, name: str) -> Any:
@@ -60,6 +78,25 @@ def quantizer_class(name: str) -> Any:
 def method(name: str) -> Any:
     """The LifelongMethod's class."""
     return _find("method", name)
+
+
+def describe() -> str:
+    """Methods, quantizers, models and presets, one a line: the name, what it is, its source."""
+    from lifequant.config import PRESETS
+
+    parts = []
+    for kind in _PACKAGES:
+        found = {name: _find(kind, name) for name in names(kind)}
+        parts.append((f"{kind}s", {n: getattr(x, "help", None) or _first_line(x) for n, x in found.items()}))
+    parts.append(("presets", {name: preset["help"] for name, preset in PRESETS.items()}))
+    return "\n\n".join(
+        f"{title}:\n" + "\n".join(f"{name:<18} {line}" for name, line in sorted(lines.items()))
+        for title, lines in parts
+    )
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().split("\n")[0]
 
 
 def model(name: str) -> Any:

@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +21,14 @@ from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.data import DataSet
 from lifequant.errors import UserError
 from lifequant.evaluate import evaluate
+from lifequant.exemplars import nme_accuracy
 from lifequant.files import TOP
 from lifequant.log import table
 from lifequant.quantizers.base import STEP_FLOOR, FakeQuant
 from lifequant.quantizers.layers import fake_quants, quantized_weights, weight_layers
 
 if TYPE_CHECKING:
-    from lifequant.train import Run
+    from lifequant.state import Run
 
 SCHEMA = 1
 TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
@@ -35,15 +38,27 @@ TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
     "top1": "accuracy/train_top1",
     "top5": "accuracy/train_top5",
 }
+KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
 
 def new_history() -> dict[str, Any]:
     """What grows as a run goes on; plain values, so that a checkpoint can hold it."""
     rows: dict[str, Any] = {
-        name: [] for name in ("top1", "top5", "top1_masked", "quantization_error", "tasks", "training")
+        name: []
+        for name in (
+            "top1",
+            "top5",
+            "top1_masked",
+            "top1_nme",
+            "quantization_error",
+            "tasks",
+            "training",
+            "oscillation",
+        )
     }
-    return rows | {"baseline": None, "seconds": 0.0, "timed_seconds": 0.0, "timed_images": 0, "memory": {}}
+    times = {"seconds": 0.0, "timed_seconds": 0.0, "timed_images": 0, "seconds_by_part": {}}
+    return rows | times | {"baseline": None, "memory": {}}
 
 
 def data_key(data: DataSet) -> list[str]:
@@ -74,6 +89,16 @@ class Clock:
         now = time.perf_counter()
         self.history["seconds"] += now - self.mark
         self.mark = self.checkpoint = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the seconds inside to that part of the run."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            parts = self.history["seconds_by_part"]
+            parts[name] = parts.get(name, 0.0) + time.perf_counter() - begin
 
     def since_checkpoint(self) -> float:
         return time.perf_counter() - self.checkpoint
@@ -120,14 +145,32 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
     if speed:
         curves.add_scalar("speed/images_per_second", speed, run.step)
     for name, quant in fake_quants(run.model):
-        curves.add_scalar(f"quantizer_step_size/{name}", quant.step().item(), run.step)
+        curves.add_scalar(f"quantizer_step_size/{name}", quant.step().mean().item(), run.step)
     bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
+
+
+def memory_bytes(run: Run, task: Any) -> dict[str, int]:
+    """What is kept beside the packed model: replay images and their logits, importances, former weights or models,
+    the moving average, and what counts oscillations."""
+    memory = {"replay": task.stored * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
+    for hook in run.hooks:
+        for name, size in hook.memory_bytes().items():
+            memory[name] += size
+    memory["average"] = run.average.memory_bytes() if run.average else 0
+    memory["oscillation"] = run.oscillations.memory_bytes() if run.oscillations else 0
+    if run.teacher is not None:
+        memory["reference"] += packed_model_bytes(run.model)
+    return memory
 
 
 def end_task(run: Run, task: Any) -> None:
     """Evaluate after a task: a row of each matrix, curves, histograms, warnings."""
     history, place = run.history, task.id
-    scores = evaluate(run.model, run.data, run.config.eval_batch_size)
+    with run.clock.part("evaluation"):
+        scores = evaluate(run.model, run.data, run.config.eval_batch_size)
+        if run.config.nme:
+            exemplars = run.data.stored(place + 1, run.config)
+            history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
     refuse_divergence(run, sum(scores.error))
     for name, row in (
         ("top1", scores.top1),
@@ -138,16 +181,18 @@ def end_task(run: Run, task: Any) -> None:
         history[name].append(row)
     history["tasks"].append({"train_images": len(task.new), "replay_images": len(task.replay)})
     history["training"].append(means(run.epoch_sums))
-    history["memory"] = {"replay": task.stored * task.images[0].numel(), "importance": 0, "reference": 0}
-    for hook in run.hooks:
-        for name, size in hook.memory_bytes().items():
-            history["memory"][name] += size
+    history["memory"] = memory_bytes(run, task)
     for i, id in enumerate(run.data.ids):
         curves = run.log.writer(f"task{id}/test", purge_step=place)
         curves.add_scalar("accuracy/test_top1", scores.top1[i], place)
         curves.add_scalar("accuracy/test_top5", scores.top5[i], place)
         curves.add_scalar("accuracy/test_top1_masked", scores.masked[i], place)
     curves = run.log.writer(f"task{run.data.ids[place]}")
+    if run.oscillations:
+        shares = run.oscillations.share()
+        history["oscillation"].append({"oscillating": shares, "frozen": run.oscillations.frozen_share()})
+        for name, share in shares.items():
+            curves.add_scalar(f"oscillating_weights/{name}", share, run.step)
     for name, layer in weight_layers(run.model):
         curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), run.step)
         if isinstance(layer.weight_quant, FakeQuant):
@@ -178,7 +223,7 @@ def warn_of(run: Run, place: int) -> None:
             f"the penalty holds it down, or it is harder; {remedy}"
         )
     for name, quant in fake_quants(run.model):
-        if quant.step().item() <= STEP_FLOOR:
+        if quant.step().min().item() <= STEP_FLOOR:
             run.log.warn(
                 f"task {place}: the step size of {name} is at its floor: this layer has stopped quantizing sensibly"
             )
@@ -192,7 +237,9 @@ def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]
         run.model.load_state_dict(checkpoint.read(job.task_file(run.config.job_dir, place), "run", run.device)["model"])
         weights.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
         quants = {name: layer.weight_quant for name, layer in weight_layers(run.model)}
-        steps.append({name: quant.step().item() for name, quant in quants.items() if isinstance(quant, FakeQuant)})
+        steps.append(
+            {name: quant.step().mean().item() for name, quant in quants.items() if isinstance(quant, FakeQuant)}
+        )
     run.model.load_state_dict(now)
     return weights, steps
 
@@ -229,13 +276,17 @@ def assemble(run: Run) -> dict[str, Any]:
         "fwt": metrics.fwt(R, history["baseline"]) if history["baseline"] else None,
         "space_shift": metrics.space_shift(weights),
         "step_change": metrics.step_change(steps),
+        "top1_nme": history["top1_nme"] or None,
+        "average_accuracy_nme": metrics.average_accuracy(history["top1_nme"]),
         "quantization_error": history["quantization_error"],
+        "oscillation": history["oscillation"] or None,
         "max_codes_per_tensor": {
             name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, _, c) in codes.items()
         },
         "code_histograms": {name: {"first_code": first, "counts": c.tolist()} for name, (_, first, c) in codes.items()},
         "memory_bytes": {"packed_model": packed_model_bytes(run.model), **history["memory"]},
         "seconds": round(history["seconds"], 3),
+        "seconds_by_part": {name: round(seconds, 3) for name, seconds in history["seconds_by_part"].items()},
         "images_per_second": run.clock.images_per_second(),
         "warnings": run.log.warnings,
         "versions": {"torch": torch.__version__, "lifequant": metadata_version(), "commit": commit()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lifequant.options import Config
+from lifequant.config import Config
 
 
 def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lifequant import checkpoint, job
+from lifequant.config import Config
 from lifequant.errors import UserError
 from lifequant.evaluate import evaluate
-from lifequant.options import Config
 from lifequant.quantizers.layers import calibrate
 
 if TYPE_CHECKING:
-    from lifequant.train import Run
+    from lifequant.state import Run
 
 CALIBRATION_IMAGES = 256
 
@@ -39,7 +39,10 @@ def prepare(run: Run) -> None:
         state = job.fork(config, run.data_key)
         former = state["config"]
         path = Path(config.from_run)
-        same = all(former[name] == getattr(config, name) for name in ("method", "penalty"))
+        own = {name for name in config.options if name.startswith(config.method + "_")}
+        same = all(
+            former.get(name) == value for name, value in config.asdict().items() if name in {"method", "penalty"} | own
+        )
         if not same:  # until here they agree; the method's own state is made from the former task, as at its end
             task = data.task(config.start_task - 1, config, run.method)
             for hook in run.hooks:

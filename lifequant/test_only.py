@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lifequant import checkpoint, data, start
+from lifequant.config import Config
 from lifequant.device import pick_device
 from lifequant.errors import UserError
 from lifequant.evaluate import Scores, evaluate
-from lifequant.options import Config
 
 
 def test(config: Config, notes: Sequence[str] = ()) -> Scores:

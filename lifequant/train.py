@@ -6,7 +6,6 @@ it: the task and the number of steps done. A run that is killed and resumed draw
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,102 +16,24 @@ from tqdm import tqdm
 
 from lifequant import checkpoint, data, job, registry, results, start
 from lifequant.augment import crop_and_flip, normalise
+from lifequant.config import Config
 from lifequant.device import pick_device, wants_compile
-from lifequant.errors import UserError
+from lifequant.average import WeightAverage
 from lifequant.evaluate import validation_top1
+from lifequant.head import train_head
 from lifequant.log import Log, table
-from lifequant.methods.base import Batch, LifelongMethod, Task
-from lifequant.options import Config
-from lifequant.penalties import PENALTIES
+from lifequant.methods.base import Batch, Task
 from lifequant.quantizers.base import STEP_FLOOR
-from lifequant.quantizers.layers import fake_quants
 from lifequant.replay import epoch_order
 from lifequant.schedule import lr_factor
+from lifequant.stability import reestimate_bn
+from lifequant.state import Run, generator
 
 
-def generator(*purpose: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on ``purpose`` alone."""
-    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-class Run:
-    """A run's state: what a checkpoint holds, and what is built anew from the config."""
-
-    def __init__(self, config: Config, log: Log, device: torch.device, dataset: data.DataSet) -> None:
-        self.config, self.log, self.device, self.data = config, log, device, dataset
-        self.model = checkpoint.build(config, dataset.num_classes).to(device)
-        self.method: LifelongMethod = registry.method(config.method)(config)
-        self.guard = PENALTIES[config.penalty](config) if config.penalty != "none" else self.method
-        self.num_tasks = 1 if self.method.joint else len(dataset.ids)
-        self.place = self.step = 0  # task, and steps done in it
-        self.hooks = [self.method] if self.guard is self.method else [self.method, self.guard]
-        self.step_sizes = [p for _, quant in fake_quants(self.model) for p in quant.step_parameters()]
-        self.optimizer = self.make_optimizer()
-        self.data_key = results.data_key(dataset)
-        self.sums = torch.zeros(5, device=device)  # results.step_sums since the last reading
-        self.epoch_sums = torch.zeros(5, device=device)  # since the epoch's begin
-        self.best: dict[str, Any] = {}  # of the task, with --val_fraction
-        self.history = results.new_history()
-        self.clock = results.Clock(self.history)
-        self.losses = self.compute_losses
-
-    def make_optimizer(self) -> torch.optim.SGD:
-        """SGD, anew for each task; step sizes are in a group of their own, without weight decay.
-
-        Their learning rate is lower (``--step_lr``): at that of the weights they never come to rest, and a quantized
-        network learns less well than its steps allow.
-        """
-        steps = {id(p) for p in self.step_sizes}
-        learnt = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {
-                "params": [p for p in learnt if id(p) not in steps],
-                "weight_decay": self.config.weight_decay,
-                "share": 1.0,
-            },
-            {"params": [p for p in learnt if id(p) in steps], "weight_decay": 0.0, "share": self.config.step_lr},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.SGD(groups, lr=self.config.lr, momentum=self.config.momentum, foreach=True)
-
-    def compute_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, task loss, penalty before lambda): the part of the step that torch.compile takes whole."""
-        logits = self.model(batch.x)
-        return logits, self.method.task_loss(logits, batch), self.guard.penalty(self.model)
-
-    def state(self) -> dict[str, Any]:
-        self.clock.stop()
-        return {
-            "kind": "run",
-            "config": self.config.asdict(),
-            "data_key": self.data_key,
-            "place": self.place,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "method": self.method.state_dict(),
-            "penalty": None if self.guard is self.method else self.guard.state_dict(),
-            "sums": self.sums,
-            "epoch_sums": self.epoch_sums,
-            "best": self.best,
-            "history": self.history,
-            "warnings": self.log.warnings,
-        }
-
-    def load(self, state: dict[str, Any], path: Path) -> None:
-        if state["data_key"] != self.data_key:
-            raise UserError(f"{path}: it was trained on other images or tasks than the task CSVs name now")
-        checkpoint.load_strictly(path, self.model, state["model"])
-        self.place, self.step, self.best = state["place"], state["step"], state["best"]
-        self.history, self.log.warnings = state["history"], list(state["warnings"])
-        self.clock = results.Clock(self.history)
-        self.sums.copy_(state["sums"])
-        self.epoch_sums.copy_(state["epoch_sums"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.method.load_state_dict(state["method"])
-        if self.guard is not self.method:
-            self.guard.load_state_dict(state["penalty"])
+ALONE = (
+    "{}: without replay nothing compares old classes with new ones, so a head that all tasks share forgets nearly "
+    "everything (van de Ven et al. 2022); the task-masked accuracy is where such methods differ"
+)
 
 
 def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Generator) -> Batch:
@@ -128,7 +49,7 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     model, optimizer = run.model, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = run.config.lr * factor * group["share"]
-    logits, task_loss, penalty = run.losses(batch)
+    logits, task_loss, penalty = run.losses(run.with_teacher(batch))
     penalty = run.config.ll_lambda * penalty
     optimizer.zero_grad()
     (task_loss + penalty).backward()
@@ -140,6 +61,10 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
             torch._foreach_clamp_min_(run.step_sizes, STEP_FLOOR)
         for hook in run.hooks:
             hook.after_step(model, factor)
+        if run.oscillations:
+            run.oscillations.after_step(model)
+        if run.average:
+            run.average.update(model)
         return results.step_sums(logits, batch.y, task_loss, penalty)
 
 
@@ -190,11 +115,38 @@ def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
     rows = sorted(set().union(*run.data.held_out)) if run.method.joint else run.data.held_out[task.id]
     if not rows:
         return
+    now = {name: value.clone() for name, value in run.model.state_dict().items()}
+    if run.average:
+        run.model.load_state_dict(run.average.averaged_state(run.model))
     top1 = validation_top1(run.model, run.data.train, rows, run.config.eval_batch_size)
     curves.add_scalar("accuracy/validation_top1", top1, run.step)
     if not run.best or top1 > run.best["top1"]:
         weights = {name: value.clone() for name, value in run.model.state_dict().items()}
         run.best = {"top1": top1, "epoch": epoch, "model": weights}
+    run.model.load_state_dict(now)
+
+
+def finish_training(run: Run, task: Task) -> None:
+    """From the last step to the model that is evaluated, and that the next task starts from.
+
+    It is the best epoch's, or the moving average's; BatchNorm's statistics are estimated anew, then the head is trained.
+    """
+    config, model = run.config, run.model
+    if run.best:
+        run.log.say(f"the model of epoch {run.best['epoch']} is kept: {run.best['top1']:.2f} % on held-out images")
+        model.load_state_dict(run.best["model"])
+        run.best = {}
+    elif run.average:
+        model.load_state_dict(run.average.averaged_state(model))
+    if config.bn_reestimate:
+        with run.clock.part("bn_reestimate"):
+            order = torch.randperm(len(task.pool), generator=generator(config.seed, "bn", task.id))
+            rows = task.pool[order[: config.bn_reestimate * config.train_batch_size].to(task.pool.device)]
+            reestimate_bn(model, (task.batch(part)[0] for part in rows.split(config.train_batch_size)))
+    if config.head_epochs:
+        with run.clock.part("head"):
+            noise = generator(config.seed, "head", task.id)
+            train_head(model, task, config.head_epochs, config.train_batch_size, config.lr, noise)
 
 
 def save(run: Run) -> None:
@@ -211,17 +163,22 @@ def train_all(run: Run) -> None:
         if run.step == 0:
             run.optimizer = run.make_optimizer()
             run.sums.zero_()
-            for hook in run.hooks:
-                hook.begin_task(run.model, task)
+            with run.clock.part("method"):
+                for hook in run.hooks:
+                    hook.begin_task(run.model, task)
+            if run.oscillations:
+                run.oscillations.begin_task(run.model)
+            if run.average:
+                run.average = WeightAverage(run.config.ema)
+        run.begin_parts(task)
         replay = f" and {len(task.replay)} replay images" if len(task.replay) else ""
         run.log.say(f"task {run.data.ids[task.id]}: {len(task.classes)} classes, {len(task.new)} training{replay}")
-        train_task(run, task)
-        if run.best:
-            run.log.say(f"the model of epoch {run.best['epoch']} is kept: {run.best['top1']:.2f} % on held-out images")
-            run.model.load_state_dict(run.best["model"])
-            run.best = {}
-        for hook in run.hooks:
-            hook.end_task(run.model, task)
+        with run.clock.part("training"):
+            train_task(run, task)
+        finish_training(run, task)
+        with run.clock.part("method"):
+            for hook in run.hooks:
+                hook.end_task(run.model, task)
         results.end_task(run, task)
         run.place, run.step = run.place + 1, 0
         checkpoint.write(job.task_file(run.config.job_dir, run.place - 1), run.state())
@@ -252,10 +209,13 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             start.prepare(this)
             job.begin(config, Path(config.from_run or "") / "checkpoint", config.start_task)
         log.open(Path(config.job_dir))
+        if this.method.regulariser and config.replay_rate == 0 and config.buffer_size is None and num_tasks > 1:
+            log.say(ALONE.format(config.method))
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say):
             torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
             this.losses = torch.compile(this.compute_losses, dynamic=False)
+            this.teach = this.teacher and torch.compile(this.teacher, dynamic=False)
         train_all(this)
         return results.finish(this)
     finally:

@@ -23,6 +23,7 @@ NEEDED = (
     "forgetting",
     "space_shift",
     "memory_bytes",
+    "max_codes_per_tensor",
     "images_per_second",
 )
 

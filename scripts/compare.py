@@ -12,8 +12,9 @@ from typing import Any
 from _results import read_all
 
 from lifequant.cli import Parser, one_line, run_main
+from lifequant.log import not_b_bit
 
-MEMORY = ("packed_model", "replay", "importance", "reference")
+MEMORY = ("packed_model", "replay", "importance", "reference")  # the rest is "other"
 LEGEND = """\
 average: mean top-1 over all tasks after the last one, in percent. masked: the
 same, choosing among a task's own classes. forgetting: points lost since a task
@@ -47,6 +48,7 @@ def accuracy_row(results: dict[str, Any]) -> list[str]:
 def cost_row(results: dict[str, Any]) -> list[str]:
     memory = results["memory_bytes"]
     kilobytes = [number(memory[kind] / 1000, 1) for kind in MEMORY]
+    kilobytes.append(number(sum(size for kind, size in memory.items() if kind not in MEMORY) / 1000, 1))
     return [*kilobytes, number(sum(memory.values()) / 1000, 1), number(results["images_per_second"], 0)]
 
 
@@ -66,7 +68,15 @@ def table(heads: Sequence[tuple[str, int]], rows: dict[str, list[str]]) -> str:
 def compare(runs: dict[str, dict[str, Any]]) -> str:
     accuracy = (("method", 10), ("quantizer", 9), ("bits", 5), ("average", 7), ("masked", 7))
     accuracy += (("forgetting", 10), ("shift", 7))
-    cost = (("model", 7), ("replay", 8), ("importance", 10), ("reference", 9), ("total kB", 8), ("images/s", 8))
+    cost = (
+        ("model", 7),
+        ("replay", 8),
+        ("importance", 10),
+        ("reference", 9),
+        ("other", 7),
+        ("total kB", 8),
+        ("images/s", 8),
+    )
     runs = {one_line(name): results for name, results in runs.items()}
     parts = [
         table(accuracy, {name: accuracy_row(results) for name, results in runs.items()}),
@@ -74,6 +84,9 @@ def compare(runs: dict[str, dict[str, Any]]) -> str:
         + table(cost, {name: cost_row(results) for name, results in runs.items()}),
         LEGEND,
     ]
+    over = [f"{name} ({text})" for name, results in runs.items() if (text := not_b_bit(results))]
+    if over:
+        parts.append(f"note: not b-bit: {', '.join(over)}")
     tasks = [[(task["classes"], task["test_images"]) for task in results["tasks"]] for results in runs.values()]
     if any(other != tasks[0] for other in tasks):
         parts.append("note: these runs were not tested on the same tasks")

@@ -36,10 +36,10 @@ GRID = {
 TASKS, HELD_OUT = 3, 0.2
 
 
-def write_csvs(data_dir: Path, folder: Path, per_class: int, seed: int) -> None:
+def write_csvs(data_dir: Path, folder: Path, per_class: int, seed: int, num_tasks: int = TASKS) -> None:
     """Task CSVs whose "test" images are held-out training images."""
     names, rows = folder_images(data_dir, data_dir, "train")
-    tasks = checked_tasks(len(names), TASKS, 1.0, seed)
+    tasks = checked_tasks(len(names), num_tasks, 1.0, seed)
     rows = _pick(rows, per_class, seed, "thin")
     held = set(_pick(rows, round(per_class * HELD_OUT), seed, "lambda_search"))
     train = rows_of_tasks([row for row in rows if row not in held], tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
         ("--method replay --proxq_c 3", ["unknown flag --proxq_c"]),
         ("--lr 0.1 0.2", ["unexpected argument '0.2'"]),
         ("--pretrained True", ["--source_file"]),
+        ("--act_quantizer lsqq", ["unknown quantizer", "did you mean 'lsq"]),
+        ("--bit_schedule 4,8", ["--bit_schedule", "falling"]),
+        ("--bit_schedule 32,7", ["--bit_schedule", "falling"]),
+        ("--bit_schedule 32,4 --bitW 8", ["leave --bitW out"]),
+        ("--bit_schedule 32,4 --test_only", ["--test_only and --bit_schedule"]),
+        ("--layer_bits layer3", ["--layer_bits", "PATTERN=BITS"]),
+        ("--layer_bits layer3=7", ["--layer_bits", "PATTERN=BITS"]),
         ("--start_task 1", ["--from"]),
         ("--from x", ["--start_task"]),
         ("--balanced maybe", ["--balanced", "neither True nor False"]),
@@ -115,6 +123,12 @@ def test_values_that_follow():
     config, notes = options.parse(["--gpus", "1", "2"])
     assert config.gpus == 1 and len(notes) == 1 and "one GPU" in notes[0]
     assert options.make(resume=False).resume is None
+    assert options.make(quantizer="lsq").act_quantizer == "lsq"
+    mixed = options.make(quantizer="lsq", act_quantizer="proxq")
+    assert (mixed.quantizer, mixed.act_quantizer, "proxq_c" in mixed.options) == ("lsq", "proxq", True)
+    assert options.make(layer_bits="layer3.*=8, fc=4/6").bits_of_layers() == {"layer3.*": (8, 8), "fc": (4, 6)}
+    assert options.make(bit_schedule="32,8,2").bitW == 2
+    assert options.make(method="original", replay_rate=0.5).replay_rate == 0.5  # replay for any method that is given it
 
 
 def test_results_hold_no_paths():
@@ -140,12 +154,15 @@ def test_inert_flags_say_so_once():
 FLAGS = {
     "data": """csv_dir dataset data_dir cache_dir num_tasks task_id num_classes image_size lt_gamma val_fraction
         replay_rate buffer_size""",
-    "method and its parts": "method ll_method preset balanced loss sampler penalty ll_lambda lambda",
-    "model and quantizer": """arch target_model source_model shortcut quantizer bitW abitW first_last_bits pretrained
-        source_dir source_file""",
+    "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda distill
+        distill_temperature ema head_epochs nme""",
+    "model and quantizer": """arch target_model source_model shortcut quantizer act_quantizer bitW abitW first_last_bits
+        layer_bits per_channel bit_schedule bn_reestimate track_oscillations freeze_oscillating pretrained source_dir
+        source_file""",
     "training": """num_epochs train_batch_size eval_batch_size lr step_lr sched warmup_epochs lr_gamma lr_decay_step
         lr_decay_steps momentum weight_decay seed""",
-    "run": """job_dir resume reset start_task from test_only device gpus compile checkpoint_seconds print_freq""",
+    "run": """job_dir resume reset start_task from test_only device gpus compile checkpoint_seconds print_freq
+        list""",
     "accepted from the original, without effect": "stage refine random keep_grad lam lam2 act_range mask_step",
     "quantizer proxq": "proxq_c proxq_learn_c",
 }
@@ -176,7 +193,7 @@ def test_every_flag_is_explained():
     assert set(own) == {"proxq_c", "proxq_learn_c"}
     for action in parser._actions:
         assert action.help and len(action.help) > 8, action.dest
-    defaults = {f.name: f.default for f in options.fields(options.Config) if f.metadata}
+    defaults = {f.name: f.default for f in fields(options.Config) if f.metadata}
     for action in parser._actions:
         if defaults.get(action.dest) not in (None, ""):
             assert "default" in action.help, action.dest

@@ -1,0 +1,189 @@
+"""Config: every setting of a run, each field with the flag that sets it. Parsing is lifequant/options.py."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lifequant.cli import boolean, real, share, whole
+from lifequant.losses import LOSSES
+from lifequant.penalties import PENALTIES
+from lifequant.quantizers.base import BIT_WIDTHS
+
+REPLAY_RATE = 0.2  # the best of 10, 20 and 35 % in the paper
+PRESETS = {
+    "paper": {
+        "help": "ours to the letter of the paper: c = 3, the published loss and penalty (LifeQuant, ICCV 2023)",
+        "settings": {"loss": "ball", "penalty": "proxq_paper", "ll_lambda": 100.0, "proxq_c": 3.0},
+    }
+}
+
+
+def flag(
+    default: Any, group: str, help: str, *names: str, path: bool = False, free: bool = False, **kwargs: Any
+) -> Any:
+    """A field and its flag. ``path``: left out of results.json; ``free``: may change when a run is resumed."""
+    meta = {"group": group, "help": help, "names": names, "path": path, "free": path or free, "kwargs": kwargs}
+    return field(default=default, metadata=meta)
+
+
+def switch(default: bool | None, group: str, help: str, **kwargs: Any) -> Any:
+    """A true boolean: ``--flag``, ``--flag True``, ``--flag False``."""
+    return flag(default, group, help, type=boolean, nargs="?", const=True, metavar="BOOL", **kwargs)
+
+
+def epochs_list(text: str) -> list[int]:
+    """``10,20`` -> [10, 20]."""
+    return [whole(1)(part) for part in text.split(",") if part]
+
+
+def bits_list(text: str) -> tuple[int, ...]:
+    """``32,8,4`` -> (32, 8, 4): falling bit-widths."""
+    widths = tuple(whole(1)(part) for part in text.split(",") if part)
+    if not widths or any(w not in BIT_WIDTHS for w in widths) or list(widths) != sorted(set(widths), reverse=True):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of falling bit-widths like 32,8,4 (known: {BIT_WIDTHS})")
+    return widths
+
+
+def layer_bits(text: str) -> str:
+    """Checks ``layer3.*=8,fc=4/8``; see ``Config.bits_of_layers``."""
+    for part in text.split(","):
+        found = re.fullmatch(r"([^=,]+)=(\d+)(?:/(\d+))?", part.strip())
+        if not found or any(bits and int(bits) not in BIT_WIDTHS for bits in found.groups()[1:]):
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not PATTERN=BITS or PATTERN=WEIGHT_BITS/ACTIVATION_BITS (known: {BIT_WIDTHS})"
+            )
+    return text
+
+
+def below_one(text: str) -> float:
+    """A number in [0, 1)."""
+    value = real(0)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value
+
+
+def rate(text: str) -> float:
+    """A share, or 0 for none."""
+    return 0.0 if text.strip() in ("0", "0.0") else share(text)
+
+
+DATA, METHOD, QUANT, TRAIN, RUN = "data", "method and its parts", "model and quantizer", "training", "run"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run, resolved. ``options`` holds the method's and the quantizer's own flags."""
+
+    csv_dir: str = flag("data/", DATA, "folder of the task CSVs", path=True)
+    dataset: str | None = flag(None, DATA, "prefix of the task CSVs (default: the only one in csv_dir)")
+    data_dir: str | None = flag(None, DATA, "image root (default: dataset.json's, else data_dir/<prefix>)", path=True)
+    cache_dir: str | None = flag(
+        None, DATA, "decoded images are kept here (default: the user's cache folder)", path=True
+    )
+    num_tasks: int | None = flag(None, DATA, "tasks to run (default: as many as there are CSVs)", type=whole(1))
+    task_id: int | None = flag(None, DATA, "run this task alone", type=whole(0))
+    num_classes: int | None = flag(None, DATA, "outputs of the head (default: as the data set has)", type=whole(2))
+    image_size: int = flag(32, DATA, "images are scaled and cut to this many pixels a side", type=whole(8))
+    lt_gamma: float = flag(1.0, DATA, "long tail: imbalance ratio of the training classes", type=real(1))
+    val_fraction: float = flag(0.0, DATA, "share of the training images held out to choose an epoch", type=rate)
+    replay_rate: float | None = flag(None, DATA, "share of each old task's images stored, 0.2 or 20; 0: none "
+                                     "(default: the replay CSVs where present, else 0.2)", type=rate)  # fmt: skip
+    buffer_size: int | None = flag(None, DATA, "replay images in all, instead of a rate", type=whole(1))
+
+    method: str = flag("ours", METHOD, "lifelong method (or life_q: the quantizer proxq, the method by --ll_method)")
+    ll_method: str | None = flag(None, METHOD, "lifelong method, where --method names a quantizer")
+    preset: str | None = flag(None, METHOD, "paper: ours to the letter of the paper", choices=list(PRESETS))
+    balanced: bool | None = switch(None, METHOD, "False: ours with plain cross entropy and uniform sampling")
+    loss: str = flag("", METHOD, "task loss (default: the method's)", choices=list(LOSSES))
+    sampler: str = flag(
+        "", METHOD, "how training images are drawn (default: the method's)", choices=["uniform", "ball"]
+    )
+    penalty: str = flag("", METHOD, "penalty (default: the method's)", choices=["none", *PENALTIES])
+    ll_lambda: float | None = flag(None, METHOD, "strength of the penalty (default: its own)", "--lambda", type=real(0))
+    distill: float = flag(0.0, METHOD, "distillation from the former task's quantized model: its weight", type=real(0))
+    distill_temperature: float = flag(2.0, METHOD, "distillation's temperature", type=real(above=0))
+    ema: float = flag(
+        0.0, METHOD, "moving average of the weights, which is evaluated: its decay, as 0.99", type=real(0)
+    )
+    head_epochs: int = flag(0, METHOD, "class-balanced epochs of the head alone at a task's end", type=whole(0))
+    nme: bool = switch(False, METHOD, "report the nearest mean of exemplars' accuracy beside the head's")
+
+    arch: str = flag("resnet", QUANT, "family of networks; the network itself is --target_model", choices=["resnet"])
+    target_model: str = flag("resnet20", QUANT, "network: resnet20, resnet56 (a suffix _quant may follow)")
+    source_model: str | None = flag(None, QUANT, "the source's network; it must be the target's", free=True)
+    shortcut: str = flag("A", QUANT, "A: no weights; conv: the authors' quantized 1x1", choices=["A", "conv"])
+    quantizer: str = flag("", QUANT, "quantizer (default: proxq for ours, lsq for the others)")
+    act_quantizer: str = flag("", QUANT, "quantizer of the activations (default: the same)")
+    bitW: int = flag(4, QUANT, "bits of the weights", type=int, choices=BIT_WIDTHS)
+    abitW: int = flag(0, QUANT, "bits of the activations (default: bitW)", type=int, choices=BIT_WIDTHS)
+    first_last_bits: int = flag(8, QUANT, "bits of the first and last layer below 32", type=int, choices=BIT_WIDTHS)
+    layer_bits: str | None = flag(None, QUANT, "other bits for some layers: layer3.*=8,fc=4/8 (weights/activations)",
+                                  type=layer_bits, metavar="PATTERN=BITS")  # fmt: skip
+    per_channel: bool = switch(False, QUANT, "a weight step for each output channel instead of one a tensor")
+    bit_schedule: tuple[int, ...] | None = flag(None, QUANT, "progressive bits: 32,8,4,2 trains task 0 at each width from the "
+                                                "width before, all tasks at the last", type=bits_list, metavar="BITS")  # fmt: skip
+    bn_reestimate: int = flag(0, QUANT, "batches that BatchNorm's statistics are estimated anew from at a task's end",
+                              type=whole(0), metavar="BATCHES")  # fmt: skip
+    track_oscillations: bool = switch(False, QUANT, "report how many weights oscillate between two codes (Nagel 2022)")
+    freeze_oscillating: float | None = flag(None, QUANT, "freeze weights that oscillate more often than this share of steps, "
+                                            "as 0.02 (Nagel 2022)", type=below_one, metavar="SHARE")  # fmt: skip
+    pretrained: bool | None = switch(None, QUANT, "start from --source_file (default: where it is given)", free=True)
+    source_dir: str = flag("", QUANT, "folder that --source_file is relative to", path=True)
+    source_file: str | None = flag(None, QUANT, "a model to start from", path=True)
+
+    num_epochs: int = flag(50, TRAIN, "epochs a task", type=whole(1))
+    train_batch_size: int = flag(128, TRAIN, "images a step", type=whole(2))
+    eval_batch_size: int = flag(100, TRAIN, "images a batch in evaluation", type=whole(1))
+    lr: float = flag(0.04, TRAIN, "learning rate at its highest", type=real(above=0))
+    step_lr: float = flag(0.1, TRAIN, "learning rate of step sizes, as a share of --lr", type=real(0))
+    sched: str = flag("", TRAIN, "learning rate over a task (default: cosine; multistep where --lr_decay_step[s] is given)",
+                      choices=["multistep", "cosine", "onecycle", "constant"])  # fmt: skip
+    warmup_epochs: float = flag(0.0, TRAIN, "epochs of linear warm-up", type=real(0))
+    lr_gamma: float = flag(0.1, TRAIN, "multistep: factor at each decay", type=real(above=0))
+    lr_decay_step: int | None = flag(None, TRAIN, "multistep: decay every so many epochs", type=whole(1))
+    lr_decay_steps: tuple[int, ...] | None = flag(None, TRAIN, "multistep: decay after these epochs, 10,20 or 10 20",
+                                                  nargs="+", type=epochs_list, metavar="EPOCH")  # fmt: skip
+    momentum: float = flag(0.9, TRAIN, "SGD's momentum", type=real(0))
+    weight_decay: float = flag(1e-4, TRAIN, "weight decay (none on step sizes)", type=real(0))
+    seed: int = flag(0, TRAIN, "rules everything random", type=whole(0))
+
+    job_dir: str = flag("", RUN, "folder of the run (default: experiment/<method>_<bitW>bit)", path=True)
+    resume: str | None = flag(None, RUN, "go on with the run in job_dir, or with a checkpoint", nargs="?", const="True",
+                              metavar="PATH", path=True)  # fmt: skip
+    reset: bool = switch(False, RUN, "clear job_dir first", path=True)
+    start_task: int = flag(0, RUN, "begin at this task with the state of --from", type=whole(0))
+    from_run: str | None = flag(None, RUN, "the run that --start_task takes its state from", "--from", path=True)
+    test_only: bool = switch(False, RUN, "evaluate job_dir's model, or --source_file's; train nothing", free=True)
+    device: str = flag("auto", RUN, "auto, cpu or cuda", choices=["auto", "cpu", "cuda"], free=True)
+    gpus: int = flag(0, RUN, "index of the GPU, where there is one", nargs="+", type=whole(0), free=True)
+    compile: str = flag("auto", RUN, "torch.compile: auto compiles long runs", nargs="?", const="on",
+                        choices=["auto", "on", "off"])  # fmt: skip
+    checkpoint_seconds: float = flag(300.0, RUN, "seconds between checkpoints", type=real(0), free=True)
+    print_freq: int = flag(50, RUN, "steps between readings of the loss", type=whole(1), free=True)
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def asdict(self, paths: bool = True) -> dict[str, Any]:
+        """All settings, JSON-ready; ``paths=False`` leaves out what differs between machines and says nothing of the run."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata and (paths or not f.metadata["path"])}
+        return {**{k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}, **self.options}
+
+    def bits_of_layers(self) -> dict[str, tuple[int, int]]:
+        """{pattern: (weight bits, activation bits)} of --layer_bits."""
+        pairs = (part.strip().split("=") for part in (self.layer_bits or "").split(",") if part)
+        widths = {pattern: [int(bits) for bits in value.split("/")] for pattern, value in pairs}
+        return {pattern: (bits[0], bits[-1]) for pattern, bits in widths.items()}
+
+    def option(self, owner: str) -> dict[str, Any]:
+        """The own flags of a method or quantizer, without its name before them."""
+        return {k.removeprefix(owner + "_"): v for k, v in self.options.items() if k.startswith(owner + "_")}
+
+
+def free_names() -> set[str]:
+    """Settings that may differ between a run and its resumption."""
+    return {f.name for f in fields(Config) if f.metadata and f.metadata["free"]}
