@@ -83,9 +83,8 @@ class Oscillations:
     def __init__(self, freeze: float | None = None) -> None:
         self.freeze = freeze
         self.sizes: dict[str, int] = {}  # weights of each layer, in the order of the tensors below
-        self.state: dict[
-            str, Tensor
-        ] = {}  # one value a weight, all layers in one tensor, so that a step is few kernels
+        # One value a weight, all layers in one tensor, so that a step is few kernels.
+        self.state: dict[str, Tensor] = {}
 
     def begin_task(self, model: nn.Module) -> None:
         """Forget what was counted and let every weight move again: a new task must be able to learn."""

@@ -24,6 +24,15 @@ def test_averages():
     assert metrics.average_incremental_accuracy(R) == pytest.approx((80 + 65 + 125 / 3) / 3)
 
 
+def test_averages_of_a_task_never_learnt():
+    """Its 0 % counts in every average."""
+    assert metrics.average_accuracy(NEVER) == pytest.approx(50 / 3)
+    assert metrics.average_accuracy_weighted(NEVER, [50, 30, 20]) == pytest.approx(0.3 * 40 + 0.2 * 10)
+    assert metrics.average_incremental_accuracy(NEVER) == pytest.approx((0 + 25 + 50 / 3) / 3)
+    assert metrics.bwt(NEVER) == pytest.approx((0 + (40 - 50)) / 2)
+    assert metrics.fwt(NEVER, [20.0, 5, 8]) == pytest.approx(((0 - 5) + (0 - 8)) / 2)
+
+
 def test_forgetting():
     """The maximum is over t from i to T-2: not the last row, not rows before a task was learnt."""
     assert metrics.forgetting(R) == pytest.approx(((80 - 50) + (70 - 75)) / 2)
@@ -49,6 +58,8 @@ def test_undefined_is_none():
         assert metric(one) is None and metric(joint) is None and metric([]) is None
     assert metrics.fwt(one, [10.0]) is None and metrics.fwt(joint, [10.0, 10]) is None
     assert metrics.average_accuracy(joint) == 60 and metrics.average_incremental_accuracy(joint) is None
+    assert metrics.average_accuracy_weighted(one, [7]) == 70
+    assert metrics.average_accuracy_weighted(joint, [30, 10]) == 65
     assert metrics.average_accuracy([]) is None and metrics.average_accuracy_weighted([], []) is None
     assert metrics.space_shift([]) == {}
 
@@ -146,3 +157,20 @@ def test_masked_accuracy_uses_the_classes_of_the_task():
     scores = evaluate(model, data, 5, with_error=False)
     assert scores.top1 == pytest.approx([0, 100 / 3])
     assert scores.masked == pytest.approx([100 / 3, 100 / 3])  # class 0 wins in task 0, class 3 in task 1
+
+
+def test_overlapping_tasks():
+    """Image 2 is in both tasks' test sets and counts in both; its label is masked by each task's own classes.
+
+    The same logits for every image: 0 has the largest, then 2, then 3, then 1. Labels 0, 1, 2 | 2, 3, 2, 3.
+    """
+    model = nn.Module()
+    fixed = torch.tensor([4.0, 1, 3, 2])
+    model.forward = lambda x: fixed.expand(len(x), 4)
+    data = data_set(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), [0, 1, 2, 3, 2, 3])
+    data.test_rows[1] = [2, 3, 4, 5]
+    scores = evaluate(model, data, 4, with_error=False)
+    assert scores.top1 == pytest.approx([100 / 3, 0])  # nothing is class 2 or 3 while 0 is among the classes
+    assert scores.masked == pytest.approx([100 / 3, 50])  # image 2: not in task 0, where class 0 wins; yes in task 1
+    assert metrics.average_accuracy([scores.masked]) == pytest.approx((100 / 3 + 50) / 2)
+    assert metrics.average_accuracy_weighted([scores.masked], [3, 4]) == pytest.approx(100 * 3 / 7)  # 1 of 3 and 2 of 4
