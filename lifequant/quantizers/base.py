@@ -74,6 +74,7 @@ class FakeQuant(nn.Module):
     before_relu = False  # an activation quantizer that takes what the ReLU would, and is followed by it
     exceeds_bits = False  # gives more than 2^bits values; every report says so
     weight_decay = False  # whether the optimizer decays its parameters, as PACT's L2 on the clipping level does
+    calibrated = False  # whether the step was set from data, or loaded
 
     def __init__(self, bits: int, qn: int, qp: int) -> None:
         super().__init__()
@@ -113,6 +114,15 @@ class FakeQuant(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """int16 codes of ``x``, same shape."""
         return self.into_codes(x).clamp(self.qn, self.qp).round().to(torch.int16)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A float network's state dict loads strictly: a quantizer of which it has nothing isn't missed, its step unset."""
+        own = {prefix + name for name in self.state_dict()}
+        if own and own.isdisjoint(state_dict):
+            self.calibrated = False
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.calibrated = own <= state_dict.keys()
 
     def step_parameters(self) -> list[nn.Parameter]:
         """Parameters that must stay positive; like all parameters of a quantizer they take no weight decay."""
