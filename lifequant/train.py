@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from lifequant import checkpoint, data, job, registry, results, start
 from lifequant.augment import crop_and_flip, normalise
+from lifequant.average import WeightAverage
 from lifequant.config import Config
 from lifequant.device import pick_device, wants_compile
-from lifequant.average import WeightAverage
 from lifequant.evaluate import validation_top1
 from lifequant.head import train_head
 from lifequant.log import Log, table
@@ -28,7 +28,6 @@ from lifequant.replay import epoch_order
 from lifequant.schedule import lr_factor
 from lifequant.stability import reestimate_bn
 from lifequant.state import Run, generator
-
 
 ALONE = (
     "{}: without replay nothing compares old classes with new ones, so a head that all tasks share forgets nearly "

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         main_tasks([*split, "--source", "train", "--images_per_class", str(args.images_per_class)])
         main_tasks([*split, "--source", "test"])
         common = {name: getattr(args, name) for name in ("data_dir", "num_epochs", "train_batch_size", "lr")}
-        common |= {"csv_dir": csv, "seed": seed, "compile": "on"}
+        common |= {"csv_dir": csv, "seed": seed, "compile": "off"}
         for table in args.tables:
             for row, settings in rows(table).items():
                 job = out / f"seed{seed}" / f"{table}_{row.replace(' ', '_').replace('_(not_b-bit)', '')}"

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         work = Path(args.work) / str(seed)
         write_csvs(Path(args.data_dir), work / "csv", args.images_per_class, seed, args.num_tasks)
         common = {name: getattr(args, name) for name in ("data_dir", "num_epochs", "train_batch_size", "lr")}
-        common |= {"csv_dir": work / "csv", "seed": seed, "quantizer": "lsq", "bitW": 4, "compile": "on"}
+        common |= {"csv_dir": work / "csv", "seed": seed, "quantizer": "lsq", "bitW": 4, "compile": "off"}
         for flag, name, value in tried:
             job = work / f"{name}_{flag}_{value:g}"
             runs[flag, name, value, seed] = {**common, "method": name, flag: value, "job_dir": job}
