@@ -1,53 +1,87 @@
 """Layers that quantize, and what one does to all of them in a network.
 
-Their parameters are named as in torch's own layers, so a float checkpoint loads unchanged.
+Their parameters are named as in torch's own layers, so a float checkpoint loads unchanged. A network of our own asks a
+Scheme for them; in any other, convert.py turns torch's layers into them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import FakeQuant, Quantizer
+from lifequant.errors import UserError, closest
+from lifequant.quantizers.base import BIT_WIDTHS, FakeQuant, Quantizer
 
 
 class QuantConv2d(nn.Conv2d):
-    """nn.Conv2d without bias whose weight passes a fake-quantizer."""
+    """nn.Conv2d whose weight passes a fake-quantizer; a bias stays in float. Made here it has none."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int, weight_quant: nn.Module) -> None:
         super().__init__(cin, cout, kernel, stride=stride, padding=padding, bias=False)
         self.weight_quant = weight_quant
 
+    @classmethod
+    def turn(cls, conv: nn.Conv2d, weight_quant: nn.Module) -> None:
+        """Make a QuantConv2d of ``conv``, in place: parameters, hooks, device, and whoever refers to it stay."""
+        conv.__class__ = cls
+        conv.weight_quant = weight_quant
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight_quant(self.weight), None)
+        return self._conv_forward(x, self.weight_quant(self.weight), self.bias)
 
 
 class QuantLinear(nn.Linear):
     """nn.Linear whose weight and input pass fake-quantizers; the bias stays in float."""
 
+    float_input = False  # turned from torch's: its input may be signed, which no activation quantizer takes
+
     def __init__(self, cin: int, cout: int, weight_quant: nn.Module, act_quant: nn.Module) -> None:
         super().__init__(cin, cout)
         self.weight_quant, self.act_quant = weight_quant, act_quant
+
+    @classmethod
+    def turn(cls, linear: nn.Linear, weight_quant: nn.Module) -> None:
+        """Make a QuantLinear of ``linear``, in place, that leaves its input as it is."""
+        linear.__class__ = cls
+        linear.weight_quant, linear.act_quant, linear.float_input = weight_quant, nn.Identity(), True
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.act_quant(x), self.weight_quant(self.weight), self.bias)
 
 
 class QuantReLU(nn.Module):
-    """ReLU, then the activation quantizer; the quantizer first where it says so."""
+    """ReLU (or ReLU6), then the activation quantizer; the quantizer first where it says so."""
+
+    inplace = False
+    bound: float | None = None
 
     def __init__(self, act_quant: nn.Module) -> None:
         super().__init__()
         self.act_quant = act_quant
-        self.before_relu = getattr(act_quant, "before_relu", False)
+
+    @classmethod
+    def turn(cls, relu: nn.ReLU | nn.ReLU6, act_quant: nn.Module) -> None:
+        """Make a QuantReLU of ``relu``, in place; its own ``inplace`` holds on, for some networks go on with the input."""
+        bound = 6.0 if isinstance(relu, nn.ReLU6) else None
+        relu.__class__ = cls
+        relu.act_quant, relu.bound = act_quant, bound
+
+    def rectify(self, x: Tensor, inplace: bool) -> Tensor:
+        return F.relu(x, inplace) if self.bound is None else F.hardtanh(x, 0.0, self.bound, inplace)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act_quant(x).relu() if self.before_relu else self.act_quant(x.relu())
+        if getattr(self.act_quant, "before_relu", False):
+            return self.rectify(self.act_quant(x), False)
+        return self.act_quant(self.rectify(x, self.inplace))
+
+    def extra_repr(self) -> str:
+        return "" if self.bound is None else f"bound={self.bound:g}"
 
 
 @dataclass(frozen=True)
@@ -67,15 +101,17 @@ class Scheme:
     def _bits(self, bits: int, edge: bool) -> int:
         return self.edge_bits if edge and bits != 32 else bits
 
-    def _weight(self, cout: int, edge: bool) -> nn.Module:
-        return self.weights.weight(self._bits(self.weight_bits, edge), cout if self.per_channel else None)
+    def weight(self, cout: int, edge: bool = False, bits: int | None = None) -> nn.Module:
+        """A weight's quantizer, for ``cout`` output channels."""
+        bits = self._bits(self.weight_bits, edge) if bits is None else bits
+        return self.weights.weight(bits, cout if self.per_channel else None)
 
     def conv(self, cin: int, cout: int, kernel: int, stride: int = 1, edge: bool = False) -> QuantConv2d:
-        quant = self._weight(cout, edge)
+        quant = self.weight(cout, edge)
         return QuantConv2d(cin, cout, kernel, stride, kernel // 2, quant)
 
     def linear(self, cin: int, cout: int, edge: bool = False) -> QuantLinear:
-        weight = self._weight(cout, edge)
+        weight = self.weight(cout, edge)
         return QuantLinear(cin, cout, weight, self.activations.activation(self._bits(self.act_bits, edge)))
 
     def relu(self) -> QuantReLU:
@@ -94,6 +130,47 @@ def fake_quants(model: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
     for name, module in model.named_modules():
         if isinstance(module, FakeQuant):
             yield name, module
+
+
+def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tuple[int, int]]) -> None:
+    """Give the layers that a pattern names quantizers of other bit-widths, in place; their steps must be set anew.
+
+    ``bits`` is {pattern: bits, or (weight bits, activation bits)}; a pattern is a shell pattern of a layer's name, or of
+    a block's, and then means all below it: ``layer3``, ``layer3.*``, ``*.conv1``. Of two that fit, the later holds.
+    Activations have their bits at a QuantReLU, or where a QuantLinear quantizes its input. Raises UserError for a
+    pattern that fits no layer and for bits that aren't offered.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)}
+    for pattern, value in bits.items():
+        widths = tuple(value) if isinstance(value, tuple | list) else (value, value)
+        if len(widths) != 2:
+            raise UserError(f"layer_bits, {pattern!r}: {value} is neither bits nor (weight bits, activation bits)")
+        for width in widths:
+            check_bits(width, f"layer_bits, {pattern!r}")
+        fitting = [m for n, m in layers.items() if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+        if not fitting:
+            blocks = {name.rsplit(".", cut)[0] for name in layers for cut in range(name.count(".") + 1)}
+            raise UserError(
+                f"layer_bits: no quantized layer's name fits {pattern!r}{closest(pattern.removesuffix('.*'), blocks)}"
+            )
+        for layer in fitting:
+            _set_bits(layer, scheme, *widths)
+    device = next((p.device for p in model.parameters()), None)
+    for _, quant in fake_quants(model):
+        quant.to(device)
+
+
+def _set_bits(layer: nn.Module, scheme: Scheme, weight_bits: int, act_bits: int) -> None:
+    if not isinstance(layer, QuantReLU):
+        layer.weight_quant = scheme.weight(layer.weight.shape[0], bits=weight_bits)
+    if isinstance(layer, QuantReLU) or (isinstance(layer, QuantLinear) and not layer.float_input):
+        layer.act_quant = scheme.activations.activation(act_bits)
+
+
+def check_bits(bits: int, what: str) -> None:
+    """Raises UserError for a bit-width that isn't offered; ``what`` begins its message."""
+    if bits not in BIT_WIDTHS:
+        raise UserError(f"{what}: {bits!r} bits are not offered (known: {', '.join(map(str, BIT_WIDTHS))})")
 
 
 def packed_bytes(layer: QuantConv2d | QuantLinear) -> int:
@@ -146,15 +223,46 @@ def watching_activations(model: nn.Module, watch) -> Iterator[None]:
 @torch.no_grad()
 def calibrate(model: nn.Module, x: Tensor) -> None:
     """Set every step from the weights and one batch ``x``, layer after layer; BatchNorm uses the batch, keeps its state."""
+    calibrate_weights(model)
+    with trial(model), watching_activations(model, lambda name, quant, value: calibrate_one(quant, value)):
+        model(x)
+
+
+@torch.no_grad()
+def calibrate_weights(model: nn.Module) -> None:
+    """Set the steps of all weights."""
     for _, layer in weight_layers(model):
         if isinstance(layer.weight_quant, FakeQuant):
-            layer.weight_quant.calibrate(layer.weight)
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = model.training
-    model.train()
-    with watching_activations(model, lambda name, quant, value: quant.calibrate(value)):
-        model(x)
-    for name, buffer in model.named_buffers():
-        if name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked"):
-            buffer.copy_(kept[name])
-    model.train(training)
+            calibrate_one(layer.weight_quant, layer.weight)
+
+
+def calibrate_one(quant: FakeQuant, x: Tensor) -> None:
+    """Set one quantizer's step from ``x`` and note that it has been set."""
+    quant.calibrate(x)
+    quant.calibrated = True
+
+
+@contextmanager
+def trial(model: nn.Module, train: bool = True) -> Iterator[None]:
+    """Inside, the model is in train mode (or as it is) without dropout; afterwards modes and buffers are as before.
+
+    A model in train mode keeps the mode of each of its modules, so that a frozen BatchNorm is one here, too. The buffers
+    of quantizers alone stay as they are then, for a calibration sets them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    own = {id(buffer) for _, quant in fake_quants(model) for buffer in quant.buffers()}
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if id(buffer) not in own}
+    if train and not model.training:
+        model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in kept:
+                    buffer.copy_(kept[name])
+        for module, training in modes:
+            module.training = training
