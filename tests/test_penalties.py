@@ -20,13 +20,14 @@ from lifequant.penalties import PENALTIES
 from lifequant.quantizers.layers import Scheme, calibrate, quantized_weights
 
 CONVS = ("conv1", "conv2")
+ANCHORED = [name for name in PENALTIES if name != "proxq_function"]  # those that hold weights
 
 
-def network(quantizer: str = "proxq", bits: int = 4) -> SmallNet:
+def network(quantizer: str = "proxq", bits: int = 4, per_channel: bool = False) -> SmallNet:
     """With BatchNorm statistics that are not those of a new network."""
     torch.manual_seed(0)
     family = registry.quantizer(quantizer)
-    model = SmallNet(Scheme(family, family, bits, bits))
+    model = SmallNet(Scheme(family, family, bits, bits, per_channel=per_channel))
     x = torch.randn(16, 3, 8, 8)
     calibrate(model, x)
     model.train()(x)
@@ -114,7 +115,7 @@ def test_per_batch():
         assert expected.mean() < samples[name].mean() / 2
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", ANCHORED)
 def test_zero_until_weights_move(name):
     """Nothing is held in task 0, wherever the weights go; in task 1 what was learnt is."""
     model = network()
@@ -178,9 +179,11 @@ def test_proxq_paper():
     assert guard.penalty(model).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_proxq_published():
-    """All named parameters that are no scalars, latent; batch means over all replay images, in eval mode."""
-    model, task = network("lsq"), make_task()
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_proxq_published(per_channel):
+    """All parameters but the quantizers', latent; batch means over all replay images, in eval mode."""
+    model, task = network("lsq", per_channel=per_channel), make_task()
+    assert any(p.dim() == 1 for name, p in model.named_parameters() if name.endswith(".size")) == per_channel
     guard = penalty_of("proxq_published", model, task)
     assert model.training
     reference = copy.deepcopy(model).eval()
@@ -272,7 +275,7 @@ def test_nothing_to_estimate_from():
     assert "no replay image" in warnings[0]
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", ANCHORED)
 def test_state(name):
     """Written and read as a checkpoint is, it goes on the same; an estimate in its place leaves tensors where they were."""
     model = network()
