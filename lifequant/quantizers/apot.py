@@ -27,7 +27,7 @@ def powers_of_two(bits: int) -> list[float]:
 class APoT(FakeQuant):
     """Projection of z / a on the levels, times a. A code is a level's place in the table, 0 the zero.
 
-    da = sum dy * {sign z where clipped, else q - z / a}, q the level (eq. 8). As z, and what of dy reaches x, weights
+    da = sum dy * {sign z where clipped, else q - z / a}, q the level (sec. 2.3). As z, and what of dy reaches x, weights
     and activations differ.
     """
 
@@ -67,7 +67,7 @@ class APoT(FakeQuant):
 
 
 class APoTWeight(APoT):
-    """z = (w - mean) / std, both detached; levels -a .. a, the magnitude's b - 1 bits with a sign: 2^b - 1 values.
+    """z = (w - mean) / std, both detached (sec. 2.4); levels -a .. a, the magnitude's b - 1 bits with a sign: 2^b - 1 values.
 
     dw = dy / std, where clipped too. a begins at 3, not from data: z has the same scale in every layer.
     """

@@ -50,7 +50,7 @@ class DoReFaWeight(FakeQuant):
 
 
 class DoReFaActivation(FakeQuant):
-    """a_q = Q_k(clamp(a, 0, 1)): codes 0 .. 2^b-1, whatever the data (eq. 8; sec. 2.4)."""
+    """a_q = Q_k(clamp(a, 0, 1)): codes 0 .. 2^b-1, whatever the data."""
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits, 0, 2**bits - 1)

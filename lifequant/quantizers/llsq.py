@@ -12,7 +12,7 @@ from lifequant.registry import register
 
 
 class SimulatedGradient(torch.autograd.Function):
-    """The step as it is; its gradient is simulated, whatever comes from above (Zhao et al., sec. 3.2).
+    """The step as it is; its gradient is simulated, whatever comes from above (Zhao et al.).
 
     Of the steps a/2, a and 2a the one with the least squared error of the tensor says where to go: +a^2 for a/2, 0 for a,
     -a^2 for 2a, so that descent shrinks, keeps or widens the step. A tie keeps it.

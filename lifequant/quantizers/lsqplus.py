@@ -11,11 +11,11 @@ from lifequant.quantizers.base import STEP_FLOOR, Quantizer, sample, scale_gradi
 from lifequant.quantizers.lsq import LSQActivation, LSQWeight
 from lifequant.registry import register
 
-RANGES, ROUNDS = 8, 12  # of the search for activations' step and offset
+RANGES, ROUNDS = 16, 12  # of the search for activations' step and offset
 
 
 class LSQPlusWeight(LSQWeight):
-    """As lsq; initial step max |mean +- 3 std| / 2^(b-1) (sec. 3.3), which outliers do not widen."""
+    """As lsq; initial step max |mean +- 3 std| / 2^(b-1), which outliers do not widen."""
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -26,9 +26,9 @@ class LSQPlusWeight(LSQWeight):
 
 
 class LSQPlusActivation(LSQActivation):
-    """x_q = s * round(clamp((x - b) / s, 0, qp)) + b, codes 0 .. 2^b-1 (eq. 3); u = (x - b) / s.
+    """x_q = s * round(clamp((x - b) / s, 0, qp)) + b, codes 0 .. 2^b-1; u = (x - b) / s.
 
-    ds = g * sum dy * {0, qp, round(u) - u}, db = g * sum dy over clipped values (eq. 5, 6), g as lsq's.
+    ds = g * sum dy * {0, qp, round(u) - u}, db = g * sum dy over clipped values, g as lsq's.
     """
 
     def __init__(self, bits: int) -> None:

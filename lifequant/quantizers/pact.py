@@ -13,7 +13,7 @@ from lifequant.registry import register
 class PACTActivation(FakeQuant):
     """y = clamp(x, 0, a), y_q = Q_k(y / a) * a, Q_k(v) = round(v n) / n, n = 2^b - 1: codes 0 .. n (eq. 1, 2).
 
-    da = sum dy over x >= a and nothing else, dx = dy below (eq. 3); a is decayed with the weights' L2 (sec. 3.2), which
+    da = sum dy over x >= a and nothing else, dx = dy below (eq. 3); a is decayed with the weights' L2, which
     holds it down. Initial a: a high quantile of the data; the paper's 10 is far above
     what follows a BatchNorm.
     """
