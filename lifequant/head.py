@@ -40,8 +40,6 @@ def train_head(
     optimizer = torch.optim.SGD(learnt, lr=lr, momentum=MOMENTUM)
     steps = epochs * -(-len(labels) // batch_size)
     step = 0
-    training = model.training
-    model.eval()
     for _ in range(epochs):
         for places in balanced_order(labels, generator).to(labels.device).split(batch_size):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
@@ -51,4 +49,3 @@ def train_head(
             optimizer.step()
             step += 1
     optimizer.zero_grad()
-    model.train(training)

@@ -145,6 +145,10 @@ def test_nearest_mean_against_numpy():
     found = nme_predict(torch.from_numpy(test).float(), means, present)
     assert found.tolist() == nearest(test, expected)
     assert len(set(found.tolist())) == 4
+    lengths = {0: 0.2, 1: 0.6, 3: 1.0, 5: 1.8}  # the nearest, not the one of the least angle
+    scaled = means * torch.tensor([lengths.get(c, 0) for c in range(6)])[:, None]
+    expected = {c: length * expected[c] for c, length in lengths.items()}
+    assert nme_predict(torch.from_numpy(test).float(), scaled, present).tolist() == nearest(test, expected)
     y = torch.from_numpy(random.integers(0, 6, 200))
     assert nme_hits(torch.from_numpy(test).float(), y, means, present).tolist() == (found == y).tolist()
 
@@ -155,7 +159,7 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(3, 3)  # not the head
-        nn.init.eye_(self.first.weight)
+        self.first.weight.data = torch.eye(3).flip(0)
         nn.init.zeros_(self.first.bias)
         self.drop = nn.Dropout(0.5)
         family = registry.quantizer("lsq")
@@ -212,7 +216,7 @@ def test_features_are_what_the_head_takes():
     """Not quantized, not normalised, in eval mode, batch after batch."""
     model, x = Counting(), torch.randn(5, 3, 4, 4)
     found = features(model, [x[:3], x[3:]])
-    np.testing.assert_allclose(found, x.mean((2, 3)), atol=1e-6)
+    np.testing.assert_allclose(found, x.mean((2, 3)).flip(1), atol=1e-6)
     assert not found.requires_grad
     with pytest.raises(ValueError, match="no linear layer"):
         features(nn.Conv2d(3, 3, 1), [x])
@@ -259,7 +263,7 @@ def test_a_biased_head_is_mended_and_nothing_else_changes():
     assert by_class(model, job) == [1, 0, 0, 0, 0]
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train_head(model, job, 40, 16, 0.3, generator(0))
+    train_head(model, job, 25, 16, 0.3, generator(0))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"fc.weight", "fc.bias"}
     assert model.training and model.bn1.training
