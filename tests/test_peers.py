@@ -128,7 +128,7 @@ def test_si():
     ours.end_task(model, task())
     theirs.update_ewc_data(model, theirs.ewc_data, theirs.syn_data, float("inf"), set(), c=1, eps=0.01)
     for value in theirs.ewc_data[1].values():
-        value.data = value.data.clamp(min=0)  # it clamps from above alone, in float32
+        value.data = value.data.clamp(min=0).double()  # it clamps from above alone, in float32
     agree("si, importances", ours.importance, flat(v.data for v in theirs.ewc_data[1].values()))
     copy_of(theirs.ewc_data[0])
     move(model)
