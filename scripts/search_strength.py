@@ -23,15 +23,15 @@ from lifequant.cli import Parser, real, run_main, whole
 LAMBDA = "ll_lambda"
 GRID: dict[str, tuple[str, tuple[float, ...]]] = {
     "ewc": (LAMBDA, (10, 100, 1000, 10000)),
-    "online_ewc": (LAMBDA, (10, 100, 1000, 10000)),
+    "online_ewc": (LAMBDA, (10, 100, 1000)),
     "si": (LAMBDA, (0.1, 1, 10, 100)),
     "mas": (LAMBDA, (0.01, 0.1, 1, 10)),
     "rwalk": (LAMBDA, (1, 10, 100, 1000)),
     "scp": (LAMBDA, (0.1, 1, 10, 100)),
-    "lwf": ("lwf_alpha", (0.3, 1, 3, 10)),
-    "derpp": ("derpp_alpha", (0.1, 0.3, 1, 3)),
+    "lwf": ("lwf_alpha", (0.3, 1, 3)),
+    "derpp": ("derpp_alpha", (0.1, 0.5, 2)),
 }
-RATES = {"original": (0.04, 0.02, 0.01, 0.005), "replay": (0.04, 0.02, 0.01, 0.005)}
+RATES = {"original": (0.04, 0.01, 0.0025), "replay": (0.04, 0.01, 0.0025)}
 FILE = Path(__file__).resolve().parents[1] / "lifequant" / "methods" / "strength.json"
 
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), help="methods to search")
     parser.add_argument("--images_per_class", type=whole(10), default=100, help="of which 20 % are held out")
     parser.add_argument("--num_tasks", type=whole(2), default=5, help="disjoint tasks")
-    parser.add_argument("--num_epochs", type=whole(1), default=16, help="epochs a task")
+    parser.add_argument("--num_epochs", type=whole(1), default=12, help="epochs a task")
     parser.add_argument("--train_batch_size", type=whole(2), default=32, help="images a step")
     parser.add_argument("--lr", type=real(above=0), default=0.01, help="learning rate")
     parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0], help="seeds to average over")
