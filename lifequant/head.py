@@ -1,6 +1,6 @@
 """The head alone, trained anew on as many images of each class, after the whole network (decoupled training, Kang et al.,
-ICLR 2020, "classifier re-training", here from the head's present weights; balanced fine-tuning in End-to-End Incremental Learning,
-Castro et al., ECCV 2018)."""
+ICLR 2020, "classifier re-training", here from the head's present weights; balanced fine-tuning in End-to-End
+Incremental Learning, Castro et al., ECCV 2018)."""
 
 from __future__ import annotations
 

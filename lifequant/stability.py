@@ -64,10 +64,11 @@ class Oscillations:
     """Watches the integer codes of all weight quantizers through a task, and freezes those that oscillate.
 
     A change of a weight's code OPPOSITE to its last change is an oscillation; its frequency is a moving average with
-    momentum 0.01 over steps (Nagel et al. 2022, "Quantifying oscillations"). The first change of a task has none before it and is no
-    oscillation. ``freeze``, if given, is a frequency in (0, 1): a weight above it stays, to the task's end, at the code
-    round(moving average of its code) (the same, "Iterative freezing"; the average has this step's code in it). It is the latent weight that
-    is written, after each optimizer step, to the middle of that code. Layers at 32 bits have no codes and are left out.
+    momentum 0.01 over steps (Nagel et al. 2022, "Quantifying oscillations"). The first change of a task has none before
+    it and is no oscillation. ``freeze``, if given, is a frequency in (0, 1): a weight above it stays, to the task's end,
+    at the code round(moving average of its code) (the same, "Iterative freezing"; the average has this step's code in
+    it). It is the latent weight that is written, after each optimizer step, to the middle of that code. Layers at 32 bits
+    have no codes and are left out.
 
     What holds: where codes depend on a weight and a step alone (lsq), a frozen code holds after every ``after_step``.
     Where they depend on the tensor's mean and deviation (proxq), writing moves these: frozen weights are written in a few
@@ -75,7 +76,7 @@ class Oscillations:
     There, of a tensor (of a channel with a step of its own) at most half of the weights and of the variance is
     frozen, and what would exceed it goes on moving, so that the passes converge. A code has half a code to spare for what
     they leave. Under random steps of 3 % of the weights' deviation, at 2, 4 and 8 bits, it always sufficed for all
-    quantizers; with a step for each channel, in channels of six weights at 8 bits, all but one time in a thousand.
+    quantizers; with a step for each channel (of 6 or 27 weights, 8 bits), for apot and uniform all but one time in 1,000.
 
     ``after_step`` must be the last thing that writes weights in a step. It doesn't synchronise the device, and keeps
     12 bytes a weight, 16 if it freezes.
