@@ -175,10 +175,17 @@ def test_resume_at_any_moment(moment, tiny, whole, tmp_path, monkeypatch):
     same_runs(tmp_path / "run", whole("ours", "proxq"))
 
 
+ALL_PARTS = {
+    "distill": 1, "ema": 0.9, "head_epochs": 1, "nme": True, "bn_reestimate": 2, "freeze_oscillating": 0.004,
+    "act_quantizer": "lsqplus", "layer_bits": "layer3.*=3/2,fc=6", "per_channel": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        {"penalty": "proxq_step", "val_fraction": 0.25},
+        {"penalty": "proxq_function", **ALL_PARTS},
+        {"penalty": "proxq_step", "val_fraction": 0.25, "ema": 0.9},
         {"penalty": "proxq_published", "buffer_size": 8, "warmup_epochs": 1, "lr": 0.005},
     ],
     ids=lambda more: more["penalty"],
