@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lifequant.quantizers.base import FakeQuant, Quantizer, round_ste, standardize
+from lifequant.quantizers.base import FakeQuant, Quantizer, standardize
 from lifequant.registry import register
 
 
@@ -15,7 +15,7 @@ class AlignQ(FakeQuant):
     """y = reach * (2 Q_k(Phi(z)) - 1), Q_k(p) = round(p n) / n, n = 2^b - 1: codes 0 .. n, symmetric, without a zero.
 
     Phi is the standard normal distribution function; z is for a subclass to say. The gradient is straight through the
-    rounding and true through Phi. Nothing is learnt or calibrated.
+    rounding and true through Phi; the clamp does nothing. Nothing is learnt or calibrated.
     """
 
     reach = 1.0
@@ -31,10 +31,6 @@ class AlignQ(FakeQuant):
 
     def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
         return self.reach * (2 * u / self.qp - 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.into_codes(x)  # in 0 .. n as it is
-        return self.from_codes(round_ste(u) if self.rounding else u, x)
 
     def standard(self, x: Tensor) -> Tensor:
         """z, with the shape of ``x``."""

@@ -35,13 +35,19 @@ class APoT(FakeQuant):
         super().__init__(bits, -zero, len(levels) - 1 - zero)
         self.channels, self.zero = channels, zero
         self.alpha = nn.Parameter(torch.full(() if channels is None else (channels,), alpha))
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("middles", torch.tensor(middles), persistent=False)
 
     def place(self, t: Tensor) -> Tensor:
         """Real-valued code of ``t``, linear between levels and beyond the last: halfway between two is the code + 1/2."""
         t = t.detach()
         low = torch.bucketize(t, self.levels[1:-1], right=True)
         return low + (t - self.levels[low]) / (self.levels[low + 1] - self.levels[low]) - self.zero
+
+    def nearest(self, t: Tensor) -> Tensor:
+        """int64 places of the levels nearest to ``t``, from 0 on: the rounded ``place``, in one look-up."""
+        return torch.bucketize(t.detach(), self.middles)
 
     def level(self, u: Tensor) -> Tensor:
         """The inverse of ``place``; a whole code gives its level exactly."""
@@ -50,6 +56,17 @@ class APoT(FakeQuant):
         part, low = u - low, low.long()
         return self.levels[low] * (1 - part) + self.levels[low + 1] * part
 
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        return (self.nearest(self.scaled(x)) - self.zero).to(torch.int16)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """t = z / a; that of weights has no gradient but a's."""
+        raise NotImplementedError
+
+    def into_codes(self, x: Tensor) -> Tensor:
+        return self.place(self.scaled(x))
+
     def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
         return self.level(u) * self.along(self.alpha, x)
 
@@ -57,9 +74,8 @@ class APoT(FakeQuant):
         """The level nearest to ``t``, with the gradient of ``t`` clipped; ``t`` itself while ``rounding`` is False."""
         if not self.rounding:
             return t
-        nearest = self.level(self.place(t).clamp(self.qn, self.qp).round())
         clipped = t.clamp(-1 if self.zero else 0, 1)
-        return nearest + (clipped - clipped.detach())
+        return self.levels[self.nearest(t)] + (clipped - clipped.detach())
 
     def step(self) -> Tensor:
         """The smallest distance of two neighbouring values, that beside 0."""
@@ -77,18 +93,17 @@ class APoTWeight(APoT):
         levels = [-value for value in magnitudes[:0:-1]] + magnitudes
         super().__init__(bits, levels, len(magnitudes) - 1, 3.0, channels)
 
-    def into_codes(self, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return self.place(centred / (std * self.along(self.alpha, x)))
+    def scaled(self, x: Tensor) -> Tensor:
+        centred, std = standardize(x.detach(), self.channels)
+        return centred / (std * self.along(self.alpha, x))
 
     def latent(self, u: Tensor, x: Tensor) -> Tensor:
         centred, std = standardize(x, self.channels)
         return x - centred + std * self.from_codes(u, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        centred, std = standardize(x.detach(), self.channels)
-        alpha = self.along(self.alpha, x)
-        return alpha * self.project(centred / (std * alpha)) + (x - x.detach()) / std
+        std = standardize(x.detach(), self.channels)[1]
+        return self.along(self.alpha, x) * self.project(self.scaled(x)) + (x - x.detach()) / std
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -106,11 +121,11 @@ class APoTActivation(APoT):
     def __init__(self, bits: int) -> None:
         super().__init__(bits, powers_of_two(bits), 0, 8.0)
 
-    def into_codes(self, x: Tensor) -> Tensor:
-        return self.place(x / self.alpha)
+    def scaled(self, x: Tensor) -> Tensor:
+        return x / self.alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.alpha * self.project(x / self.alpha)
+        return self.alpha * self.project(self.scaled(x))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

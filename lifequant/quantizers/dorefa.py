@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, round_ste
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer
 from lifequant.registry import register
 
 
 class DoReFaWeight(FakeQuant):
     """w_q = 2 Q_k(tanh w / (2 max|tanh w|) + 1/2) - 1, Q_k(x) = round(x n) / n, n = 2^b - 1: codes 0 .. n (eq. 9).
 
-    The gradient is straight through the rounding, true through tanh and maximum. The values are odd multiples of 1/n in
+    The gradient is straight through the rounding, true through tanh and maximum; the clamp does nothing. The values are odd multiples of 1/n in
     [-1, 1]; there is no zero, and nothing to calibrate.
     """
 
@@ -37,10 +37,6 @@ class DoReFaWeight(FakeQuant):
     def latent(self, u: Tensor, x: Tensor) -> Tensor:
         bound = 1 - torch.finfo(x.dtype).eps  # a code at the end may stand for no finite weight
         return ((2 * u / self.qp - 1) * self._largest(x.tanh())).clamp(-bound, bound).atanh()
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.into_codes(x)  # in 0 .. n as it is: a clamp would only take the gradient of the largest weight
-        return self.from_codes(round_ste(u) if self.rounding else u, x)
 
     def step(self) -> Tensor:
         return self.distance
