@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="which to make")
     parser.add_argument("--images_per_class", type=whole(1), default=100, help="training images")
     parser.add_argument("--num_tasks", type=whole(2), default=5, help="disjoint tasks")
-    parser.add_argument("--num_epochs", type=whole(1), default=12, help="epochs a task")
+    parser.add_argument("--num_epochs", type=whole(1), default=20, help="epochs a task")
+    parser.add_argument("--image_size", type=whole(8), default=16, help="pixels a side; 32 costs four times as much")
     parser.add_argument("--train_batch_size", type=whole(2), default=32, help="images a step")
     parser.add_argument("--lr", type=real(above=0), default=0.01, help="learning rate of all runs")
     parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0], help="of classes, images and training")
@@ -65,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
         split += ["--num_tasks", str(args.num_tasks), "--diminish_rate", "100", "--seed", str(seed)]
         main_tasks([*split, "--source", "train", "--images_per_class", str(args.images_per_class)])
         main_tasks([*split, "--source", "test"])
-        common = {name: getattr(args, name) for name in ("data_dir", "num_epochs", "train_batch_size", "lr")}
+        common = {
+            name: getattr(args, name) for name in ("data_dir", "num_epochs", "train_batch_size", "lr", "image_size")
+        }
         common |= {"csv_dir": csv, "seed": seed, "compile": "off"}
         for table in args.tables:
             for row, settings in rows(table).items():

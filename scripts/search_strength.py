@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), help="methods to search")
     parser.add_argument("--images_per_class", type=whole(10), default=100, help="of which 20 % are held out")
     parser.add_argument("--num_tasks", type=whole(2), default=5, help="disjoint tasks")
-    parser.add_argument("--num_epochs", type=whole(1), default=12, help="epochs a task")
+    parser.add_argument("--num_epochs", type=whole(1), default=20, help="epochs a task")
+    parser.add_argument("--image_size", type=whole(8), default=16, help="pixels a side; 32 costs four times as much")
     parser.add_argument("--train_batch_size", type=whole(2), default=32, help="images a step")
     parser.add_argument("--lr", type=real(above=0), default=0.01, help="learning rate")
     parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0], help="seeds to average over")
@@ -59,7 +60,9 @@ def main(argv: list[str]) -> int:
     for seed in args.seeds:
         work = Path(args.work) / str(seed)
         write_csvs(Path(args.data_dir), work / "csv", args.images_per_class, seed, args.num_tasks)
-        common = {name: getattr(args, name) for name in ("data_dir", "num_epochs", "train_batch_size", "lr")}
+        common = {
+            name: getattr(args, name) for name in ("data_dir", "num_epochs", "train_batch_size", "lr", "image_size")
+        }
         common |= {"csv_dir": work / "csv", "seed": seed, "quantizer": "lsq", "bitW": 4, "compile": "off"}
         for flag, name, value in tried:
             job = work / f"{name}_{flag}_{value:g}"
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> int:
         "what": f"a small search, for orientation: one protocol, {len(args.seeds)} seed(s), held-out training images",
         "command": "python scripts/search_strength.py " + " ".join(words),
         "protocol": f"CIFAR-10 sample, {args.images_per_class} training images a class of which {HELD_OUT:.0%} are held out, "
-        f"{args.num_tasks} disjoint tasks, {args.num_epochs} epochs each, batch {args.train_batch_size}, lsq at 4 bits",
+        f"{args.image_size} pixels a side, {args.num_tasks} disjoint tasks, {args.num_epochs} epochs each, batch {args.train_batch_size}, lsq at 4 bits",
         "chosen": {
             name: best([row for row in rows if row["method"] == name])
             for name in dict.fromkeys(r["method"] for r in rows)
