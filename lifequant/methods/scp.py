@@ -28,9 +28,13 @@ class SCP(Regulariser):
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
-        Regulariser.images_flag(group, "scp", 500)
+        Regulariser.images_flag(group, "scp", 200)
         group.add_argument(
-            "--scp_slices", type=whole(0), metavar="N", default=0, help="random directions of the outputs; 0: exact"
+            "--scp_slices",
+            type=whole(0),
+            metavar="N",
+            default=0,
+            help="random directions of the outputs; 0: exact, one backward pass for each class",
         )
 
     def estimate(self, model: nn.Module, task: Task) -> Tensor:
