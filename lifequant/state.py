@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lifequant import checkpoint, data, job, registry, results
 from lifequant.average import WeightAverage
+from lifequant.clock import Clock
 from lifequant.config import Config
 from lifequant.errors import UserError
 from lifequant.log import Log
@@ -57,7 +58,7 @@ class Run:
         self.epoch_sums = torch.zeros(5, device=device)  # since the epoch's begin
         self.best: dict[str, Any] = {}  # of the task, with --val_fraction
         self.history = results.new_history()
-        self.clock = results.Clock(self.history)
+        self.clock = Clock(self.history)
         self.losses = self.compute_losses
 
     def make_optimizer(self) -> torch.optim.SGD:
@@ -133,7 +134,7 @@ class Run:
         checkpoint.load_strictly(path, self.model, state["model"])
         self.place, self.step, self.best = state["place"], state["step"], state["best"]
         self.history, self.log.warnings = state["history"], list(state["warnings"])
-        self.clock = results.Clock(self.history)
+        self.clock = Clock(self.history)
         self.sums.copy_(state["sums"])
         self.epoch_sums.copy_(state["epoch_sums"])
         self.optimizer.load_state_dict(state["optimizer"])
