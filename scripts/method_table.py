@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data_dir", required=True, help="folder with train/<class>/* and test/<class>/*")
     parser.add_argument("--out", required=True, help="folder of the runs and of table.md")
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="which to make")
-    parser.add_argument("--images_per_class", type=whole(1), default=150, help="training images")
+    parser.add_argument("--images_per_class", type=whole(1), default=100, help="training images")
     parser.add_argument("--num_tasks", type=whole(2), default=5, help="disjoint tasks")
     parser.add_argument("--num_epochs", type=whole(1), default=20, help="epochs a task")
     parser.add_argument("--image_size", type=whole(8), default=16, help="pixels a side; 32 costs four times as much")

@@ -36,12 +36,14 @@ GRID = {
 TASKS, HELD_OUT = 3, 0.2
 
 
-def write_csvs(data_dir: Path, folder: Path, per_class: int, seed: int, num_tasks: int = TASKS) -> None:
-    """Task CSVs whose "test" images are held-out training images."""
+def write_csvs(
+    data_dir: Path, folder: Path, per_class: int, seed: int, num_tasks: int = TASKS, held_out: float = HELD_OUT
+) -> None:
+    """Task CSVs whose "test" images are held-out training images, a share of ``per_class`` ones."""
     names, rows = folder_images(data_dir, data_dir, "train")
     tasks = checked_tasks(len(names), num_tasks, 1.0, seed)
     rows = _pick(rows, per_class, seed, "thin")
-    held = set(_pick(rows, round(per_class * HELD_OUT), seed, "lambda_search"))
+    held = set(_pick(rows, round(per_class * held_out), seed, "lambda_search"))
     train = rows_of_tasks([row for row in rows if row not in held], tasks)
     test = rows_of_tasks([row for row in rows if row in held], tasks)
     files = csv_files("search", "train", train) | csv_files("search", "test", test)

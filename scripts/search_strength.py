@@ -2,7 +2,7 @@
 
     python scripts/search_strength.py --data_dir data_dir/cifar10 --work experiment/strength --jobs 2
 
-80 % of the training images of each task are trained on, 20 % stand where the test images would. Chosen is the best mean:
+Of the training images some are trained on, as many others stand where the test images would. Chosen is the best mean:
 of the average accuracy where there is replay, of the task-masked accuracy where there is none. Writes
 lifequant/methods/strength.json: the command, the protocol, every value that was tried and what came of it.
 """
@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from _runs import run_all
-from search_lambda import HELD_OUT, write_csvs
+from search_lambda import write_csvs
 
 from lifequant.cli import Parser, real, run_main, whole
 
@@ -44,9 +44,11 @@ def main(argv: list[str]) -> int:
         "--rates", action="store_true", help="search the learning rate instead, without protection and with replay"
     )
     parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), help="methods to search")
-    parser.add_argument("--images_per_class", type=whole(10), default=100, help="of which 20 % are held out")
+    parser.add_argument(
+        "--images_per_class", type=whole(10), default=100, help="to train on; as many others are held out"
+    )
     parser.add_argument("--num_tasks", type=whole(2), default=5, help="disjoint tasks")
-    parser.add_argument("--num_epochs", type=whole(1), default=20, help="epochs a task")
+    parser.add_argument("--num_epochs", type=whole(1), default=12, help="epochs a task")
     parser.add_argument("--image_size", type=whole(8), default=16, help="pixels a side; 32 costs four times as much")
     parser.add_argument("--train_batch_size", type=whole(2), default=16, help="images a step")
     parser.add_argument("--lr", type=real(above=0), default=0.01, help="learning rate")
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
     runs: dict[tuple[str, str, float, int], dict[str, Any]] = {}
     for seed in args.seeds:
         work = Path(args.work) / str(seed)
-        write_csvs(Path(args.data_dir), work / "csv", args.images_per_class, seed, args.num_tasks)
+        write_csvs(Path(args.data_dir), work / "csv", 2 * args.images_per_class, seed, args.num_tasks, 0.5)
         common = {
             name: getattr(args, name) for name in ("data_dir", "num_epochs", "train_batch_size", "lr", "image_size")
         }
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> int:
     record = {
         "what": f"a small search, for orientation: one protocol, {len(args.seeds)} seed(s), held-out training images",
         "command": "python scripts/search_strength.py " + " ".join(words),
-        "protocol": f"CIFAR-10 sample, {args.images_per_class} training images a class of which {HELD_OUT:.0%} are held out, "
+        "protocol": f"CIFAR-10 sample, {args.images_per_class} training images a class and as many held-out ones, "
         f"{args.image_size} pixels a side, {args.num_tasks} disjoint tasks, {args.num_epochs} epochs each, batch {args.train_batch_size}, lsq at 4 bits",
         "chosen": {
             name: best([row for row in rows if row["method"] == name])
