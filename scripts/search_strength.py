@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--num_epochs", type=whole(1), default=12, help="epochs a task")
     parser.add_argument("--image_size", type=whole(8), default=16, help="pixels a side; 32 costs four times as much")
     parser.add_argument("--train_batch_size", type=whole(2), default=16, help="images a step")
-    parser.add_argument("--lr", type=real(above=0), default=0.01, help="learning rate")
+    parser.add_argument("--lr", type=real(above=0), default=0.0025, help="learning rate")
     parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0], help="seeds to average over")
     parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time")
     args = parser.parse_args(argv)
