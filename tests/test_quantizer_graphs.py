@@ -110,3 +110,10 @@ def test_losses_compile_whole():
     eager = run(losses)
     assert (eager[0] > 0).all()
     torch.testing.assert_close(run(torch.compile(losses, fullgraph=True, backend="aot_eager")), eager)
+
+
+def test_apot_keeps_channels_last():
+    x = bell(2, 3, 4, 4).relu().to(memory_format=torch.channels_last)
+    quant = make("apot", "activation", 4)
+    assert quant(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(quant(x), quant(x.contiguous()))

@@ -171,6 +171,19 @@ def test_one_step_a_channel(name):
                 torch.testing.assert_close(dict(many.named_parameters())[key].grad[i], p.grad)
 
 
+@pytest.mark.parametrize("name", ("alignq", "apot", "proxq", "uniform"))
+def test_standard_space_of_huge_weights(name):
+    """Codes in units of the standard deviation are those of the weights in any unit; beyond what float32 can square,
+    they still are finite."""
+    w = bell(20, 50)
+    small, huge = (make(name, "weight", 4) for _ in range(2))
+    small.calibrate(w)
+    huge.calibrate(2.0**90 * w)
+    assert torch.equal(huge.codes(2.0**90 * w), small.codes(w))
+    huge.calibrate(2.0**115 * w)
+    assert torch.isfinite(huge(2.0**115 * w)).all()
+
+
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_first_steps(bits):
     """METHODS' table: the initial steps of lsqplus's weights, llsq, pact and apot."""

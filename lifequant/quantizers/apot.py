@@ -41,13 +41,13 @@ class APoT(FakeQuant):
 
     def place(self, t: Tensor) -> Tensor:
         """Real-valued code of ``t``, linear between levels and beyond the last: halfway between two is the code + 1/2."""
-        t = t.detach()
+        t = t.detach().contiguous()
         low = torch.bucketize(t, self.levels[1:-1], right=True)
         return low + (t - self.levels[low]) / (self.levels[low + 1] - self.levels[low]) - self.zero
 
     def nearest(self, t: Tensor) -> Tensor:
         """int64 places of the levels nearest to ``t``, from 0 on: the rounded ``place``, in one look-up."""
-        return torch.bucketize(t.detach(), self.middles)
+        return torch.bucketize(t.detach().contiguous(), self.middles)
 
     def level(self, u: Tensor) -> Tensor:
         """The inverse of ``place``; a whole code gives its level exactly."""
@@ -75,7 +75,7 @@ class APoT(FakeQuant):
         if not self.rounding:
             return t
         clipped = t.clamp(-1 if self.zero else 0, 1)
-        return self.levels[self.nearest(t)] + (clipped - clipped.detach())
+        return (clipped - clipped.detach()) + self.levels[self.nearest(t)]  # in this order it stays channels-last
 
     def step(self) -> Tensor:
         """The smallest distance of two neighbouring values, that beside 0."""
