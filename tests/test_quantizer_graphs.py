@@ -114,6 +114,6 @@ def test_losses_compile_whole():
 
 def test_apot_keeps_channels_last():
     x = bell(2, 3, 4, 4).relu().to(memory_format=torch.channels_last)
-    quant = make("apot", "activation", 4)
+    quant = registry.quantizer("apot").activation(4)
     assert quant(x).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(quant(x), quant(x.contiguous()))
