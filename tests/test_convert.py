@@ -1,0 +1,493 @@
+"""Any torch model quantized: which layers, from what steps, and that nothing else about it changes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from small_net import SmallNet
+from torch import Tensor, nn
+
+from lifequant import calibrate, quantize_model, registry
+from lifequant.convert import keep_steps_positive, param_groups
+from lifequant.errors import UserError
+from lifequant.quantizers.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, fake_quants, set_layer_bits
+
+EXAMPLES = Path(__file__).parent / "examples"
+pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* input that no quantizer gave")
+
+
+class Net(nn.Module):
+    """One ReLU used twice, a ReLU6, a grouped and a dilated convolution with bias and circular padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, padding_mode="circular")
+        self.relu, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6(inplace=True)
+        self.conv3 = nn.Conv2d(8, 6, 1, stride=2, bias=False)
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.conv1(x)))
+        x = self.relu(self.conv2(x) + x)
+        return self.fc(self.drop(self.relu6(self.conv3(x)).mean((2, 3))))
+
+
+def net(seed: int = 0, **options) -> tuple[Net, nn.Module]:
+    torch.manual_seed(seed)
+    model = Net()
+    return model, quantize_model(model, **{"quantizer": "lsq", **options})
+
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def bits_of(q: nn.Module) -> dict[str, int]:
+    return {name: getattr(quant, "bits", 32) for name, quant in q.named_modules() if name.endswith("_quant")}
+
+
+def types(model: nn.Module) -> list[type]:
+    return [type(m) for m in model.modules()]
+
+
+# Which layers
+
+
+def test_what_is_swapped():
+    model, q = net()
+    assert QuantConv2d not in types(model) and not hasattr(model, "quantization")
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(model.parameters(), q.parameters(), strict=False))
+    assert isinstance(q.conv2, nn.Conv2d) and isinstance(q.fc, nn.Linear) and isinstance(q, Net)
+    assert q.quantization.swapped == {
+        "conv1": "Conv2d, 8-bit weights (LSQWeight)",
+        "conv2": "Conv2d, 4-bit weights (LSQWeight)",
+        "relu": "ReLU, 4-bit outputs (LSQActivation)",
+        "relu6": "ReLU6, 4-bit outputs (LSQActivation)",
+        "conv3": "Conv2d, 4-bit weights (LSQWeight)",
+        "fc": "Linear, 8-bit weights (LSQWeight)",
+    }
+    assert q.quantization.left == {}
+    assert type(q.fc.act_quant) is nn.Identity
+
+
+def test_what_is_left_alone(capsys):
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "own": Own(2, 2, 1),
+            "tied": nn.Linear(4, 4),
+            "tied2": nn.Linear(4, 4),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "spectral": nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)),
+            "gelu": nn.GELU(),
+            "conv1d": nn.Conv1d(2, 2, 1),
+            "bn": nn.BatchNorm2d(3),
+            "linear": nn.Linear(4, 4),
+            "relu": nn.ReLU(),
+        }
+    )
+    model["tied2"].weight = model["tied"].weight
+    q = quantize_model(model, act_bits=32, verbose=True)
+    assert list(q.quantization.swapped) == ["linear"]
+    assert q.quantization.left == {
+        "own": "Own, a subclass of Conv2d",
+        "tied": "Linear that shares its weight with 'tied2'",
+        "tied2": "Linear that shares its weight with 'tied'",
+        "normed": "Linear whose weight is parametrized",
+        "spectral": "Conv2d whose weight is parametrized",
+        "gelu": "GELU, an activation",
+        "conv1d": "Conv1d, its weight",
+        "relu": "ReLU, 32 bits",
+    }
+    table = capsys.readouterr().out
+    assert table == f"{q.quantization}\n" and "1  left: GELU, an activation" in table
+    assert q["tied"].weight is q["tied2"].weight
+
+
+@pytest.mark.parametrize(
+    ("name", "convs", "linears", "relus", "left"),
+    [
+        ("resnet18", 20, 1, 9, 0),
+        ("mobilenet_v2", 52, 1, 35, 0),
+        ("squeezenet1_1", 26, 0, 26, 0),
+        ("shufflenet_v2_x0_5", 56, 1, 37, 0),
+        ("efficientnet_b0", 81, 1, 0, 65),
+    ],
+)
+def test_torchvision(name, convs, linears, relus, left):
+    with torch.device("meta"):
+        q = quantize_model(torchvision.models.get_model(name, num_classes=10))
+    found = types(q)
+    assert [found.count(t) for t in (QuantConv2d, QuantLinear, QuantReLU)] == [convs, linears, relus]
+    assert nn.Conv2d not in found and nn.Linear not in found and nn.ReLU not in found
+    weights = [m.weight_quant.bits for m in q.modules() if isinstance(m, QuantConv2d | QuantLinear)]
+    assert weights[0] == weights[-1] == 8 and set(weights[1:-1]) == {4}
+    assert len(q.quantization.left) == left and len(q.quantization.swapped) == convs + linears + relus
+
+
+def test_user_errors():
+    model, q = net()
+    for wrong, words in {
+        "quantized already": lambda: quantize_model(q),
+        "no layer to quantize": lambda: quantize_model(nn.Sequential(nn.GELU(), nn.BatchNorm2d(3))),
+        "eager nn.Module": lambda: quantize_model(torch.jit.script(nn.Linear(2, 2))),
+        "weight_bits: 7": lambda: quantize_model(model, weight_bits=7),
+        "did you mean 'proxq'": lambda: quantize_model(model, "prox"),
+        "did you mean 'conv1'": lambda: quantize_model(model, layer_bits={"convv1": 8}),
+        "layer_bits, 'conv1': 9": lambda: quantize_model(model, layer_bits={"conv1": 9}),
+        "neither bits nor": lambda: quantize_model(model, layer_bits={"conv1": (1, 2, 3)}),
+        "no batch": lambda: calibrate(q, []),
+        "a tuple that begins with one": lambda: calibrate(q, [{"x": X}]),
+        "NaN or infinite": lambda: calibrate(q, [X / 0]),
+        "quantize_model made": lambda: calibrate(model, [X]),
+    }.items():
+        with pytest.raises(UserError, match=re.escape(wrong)):
+            words()
+
+
+# Bits
+
+
+def test_first_and_last():
+    assert bits_of(net(keep_first_last=None)[1])["conv1.weight_quant"] == 4
+    found = bits_of(net(weight_bits=2, act_bits=3, keep_first_last=6)[1])
+    assert [found[f"{name}.weight_quant"] for name in ("conv1", "conv2", "conv3", "fc")] == [6, 2, 2, 6]
+    assert found["relu.act_quant"] == found["relu6.act_quant"] == 3
+    assert set(bits_of(net(weight_bits=32, act_bits=32)[1]).values()) == {32}
+
+
+def test_layer_bits():
+    found = bits_of(net(layer_bits={"conv?": 6, "relu6": (8, 5), "conv1": (3, 8), "fc": (2, 2)})[1])
+    assert [found[f"{name}.weight_quant"] for name in ("conv1", "conv2", "conv3", "fc")] == [3, 6, 6, 2]
+    assert found["relu.act_quant"] == 4 and found["relu6.act_quant"] == 5
+    assert found["fc.act_quant"] == 32  # its input may be signed
+
+
+@pytest.mark.parametrize("pattern", ["layer3", "layer3.*"])
+def test_layer_bits_of_a_block_of_our_own_network(pattern):
+    family = registry.quantizer("lsq")
+    scheme = Scheme(family, family, weight_bits=32, act_bits=32, per_channel=True)
+    model = registry.model("resnet20")(10, scheme)
+    set_layer_bits(model, scheme, {pattern: (2, 4), "fc": 8})
+    for name, bits in bits_of(model).items():
+        inside = 4 if "act" in name else 2
+        assert bits == (inside if name.startswith("layer3.") else 8 if name.startswith("fc.") else 32), name
+    assert model.layer3[0].conv1.weight_quant.step().shape == (64,)
+    with pytest.raises(UserError, match=r"did you mean 'layer3\.0'"):
+        set_layer_bits(model, scheme, {"layer3.00.*": 4})
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_32_bits_is_the_float_model(name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=10).eval()
+    q = quantize_model(model, weight_bits=32, act_bits=32)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(q(x), model(x))
+
+
+def test_an_input_changed_in_place_stays_changed():
+    class Preactivated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.conv = nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            return self.conv(self.relu(x)) + x
+
+    model = Preactivated()
+    q = quantize_model(model, weight_bits=32, act_bits=32)
+    assert torch.equal(q(X), model(X))
+    q = quantize_model(model)
+    calibrate(q, X)
+    q(X.clone().requires_grad_()).sum().backward()
+
+
+def test_forward_against_functional_convolutions():
+    _, q = net()
+    calibrate(q, [X])
+    q.eval()
+
+    def weight(layer: nn.Module) -> Tensor:
+        s, bits = layer.weight_quant.size, layer.weight_quant.bits
+        return (layer.weight / s).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * s
+
+    def act(x: Tensor, relu: nn.Module) -> Tensor:
+        return (x / relu.act_quant.size).round().clamp(0, 15) * relu.act_quant.size
+
+    x = act(q.bn(F.conv2d(X, weight(q.conv1), q.conv1.bias, padding=1)).relu(), q.relu)
+    wrapped = F.pad(x, (2, 2, 2, 2), mode="circular")
+    x = act((F.conv2d(wrapped, weight(q.conv2), q.conv2.bias, dilation=2, groups=4) + x).relu(), q.relu)
+    x = act(F.conv2d(x, weight(q.conv3), stride=2).clamp(0, 6), q.relu6)
+    torch.testing.assert_close(q(X), F.linear(x.mean((2, 3)), weight(q.fc), q.fc.bias))
+
+
+def test_few_values():
+    _, q = net(quantizer="proxq", weight_bits=3, act_bits=2, per_channel=True)
+    calibrate(q, X)
+    seen: dict[str, Tensor] = {}
+    for name, m in q.named_modules():
+        if isinstance(m, QuantReLU):
+            m.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+    q(X)
+    assert all(len(out.unique()) <= 4 for out in seen.values()) and len(seen) == 2
+    for row in q.conv2.weight_quant(q.conv2.weight):
+        assert len(row.unique()) <= 7
+
+
+def test_transformer_is_quantized_in_eval_mode():
+    """torch computes such a layer from its float weights where it can."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    q = quantize_model(model, weight_bits=2, keep_first_last=None)
+    x = torch.randn(2, 5, 8)
+    calibrate(q, x)
+    assert {"layers.0.linear1", "layers.0.linear2"} == set(q.quantization.swapped)
+    with torch.no_grad():
+        exact = model.eval()(x)
+        assert torch.equal(q.eval()(x), q.train(False)(x.clone())) and not torch.allclose(q(x), exact, atol=1e-2)
+        q.layers[0].linear1.weight_quant = q.layers[0].linear2.weight_quant = nn.Identity()
+        torch.testing.assert_close(q(x), exact)
+
+
+# State dicts
+
+
+def test_float_state_dict():
+    """Loads strictly, before and after; its entries are those of the float model under the same names."""
+    model, q = net()
+    state = Net().state_dict()
+    calibrate(q, X)
+    q.load_state_dict(state)
+    assert all(torch.equal(q.state_dict()[name], value) for name, value in state.items())
+    model.load_state_dict(state)
+    other = quantize_model(model, "lsq")
+    with pytest.warns(UserWarning, match="were not set"):  # the steps of the former weights are no longer of use
+        q.eval()(X)
+    calibrate(other, X)
+    torch.testing.assert_close(q(X), other.eval()(X))
+    with pytest.raises(RuntimeError, match=r"Missing key.*bias"):
+        q.load_state_dict({name: value for name, value in state.items() if name != "fc.bias"})
+
+
+def test_state_dict_with_steps(tmp_path):
+    """Loads into a fresh model, which does not calibrate; so does a file."""
+    _, q = net()
+    calibrate(q, X)
+    torch.save(q.state_dict(), tmp_path / "q.pt")
+    _, fresh = net(seed=1)
+    fresh.load_state_dict(torch.load(tmp_path / "q.pt", weights_only=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fresh.eval()(3 * X), q.eval()(3 * X))
+    lacking = {k: v for k, v in Net().state_dict().items() if k != "conv1.weight"}
+    with pytest.raises(RuntimeError, match=r"conv1\.weight"):
+        fresh.load_state_dict(lacking)
+
+
+# Calibration
+
+
+def test_first_forward_calibrates_and_says_so_once():
+    _, q = net()
+    _, other = net()
+    calibrate(other, X)
+    twin = copy.deepcopy(q)
+    for model in (q, twin):
+        with pytest.warns(UserWarning, match="were not set"):
+            model.eval()(X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(2 * X)
+        assert steps(model) == pytest.approx(steps(other)) and not model._forward_pre_hooks
+
+
+def steps(q: nn.Module) -> dict[str, float]:
+    return {name: quant.size.item() for name, quant in fake_quants(q)}
+
+
+def lsq_step(x: Tensor, qp: int) -> float:
+    x = x.detach().double().abs()
+    return min(2 * x.mean().item() / qp**0.5, x.max().item() / qp)
+
+
+def test_steps_against_a_pass_by_hand():
+    """Layer after layer; of a ReLU used twice, both uses in all batches, each with the step known by then."""
+    _, q = net()
+    initial = copy.deepcopy(q)
+    identities = [id(p) for p in q.parameters()]
+    buffers = {name: b.clone() for name, b in q.named_buffers()}
+    batches = [(X[:3], None), (X[3:], None)]
+    random = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="2 layers have an input that no quantizer gave: conv1, fc"):
+        calibrate(q, batches)
+    assert torch.equal(random, torch.get_rng_state()) and q.training and q.drop.training
+    assert identities == [id(p) for p in q.parameters()]
+    assert all(torch.equal(b, buffers[name]) for name, b in q.named_buffers())
+    assert q.quantization.float_inputs == ["conv1", "fc"] and q.quantization.shared == {"relu": 2}
+    assert q.quantization.unreached == []
+
+    expected = {}
+    for name, layer in q.named_modules():
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            expected[f"{name}.weight_quant"] = lsq_step(layer.weight, 2 ** (layer.weight_quant.bits - 1) - 1)
+    weights = {n: m.weight_quant(m.weight) for n, m in q.named_modules() if hasattr(m, "weight_quant")}
+    seen: dict[str, list[Tensor]] = {"relu": [], "relu6": []}
+
+    def act(x: Tensor, name: str) -> Tensor:
+        seen[name].append(x)
+        s = expected[f"{name}.act_quant"] = lsq_step(torch.cat([v.flatten() for v in seen[name]]), 15)
+        return (x / s).round().clamp(0, 15) * s
+
+    for x, _ in batches:
+        x = F.conv2d(x, weights["conv1"], q.conv1.bias, padding=1)
+        x = act(F.batch_norm(x, None, None, q.bn.weight, q.bn.bias, training=True).relu(), "relu")
+        wrapped = F.pad(x, (2, 2, 2, 2), mode="circular")
+        x = act((F.conv2d(wrapped, weights["conv2"], q.conv2.bias, dilation=2, groups=4) + x).relu(), "relu")
+        act(F.conv2d(x, weights["conv3"], stride=2).clamp(0, 6), "relu6")
+    assert steps(q) == pytest.approx(expected, rel=1e-5)
+    assert steps(q) != pytest.approx(steps(initial), rel=1e-2)
+    with warnings.catch_warnings():  # said once
+        warnings.simplefilter("error")
+        calibrate(q, batches)
+
+
+def test_one_batch_as_in_the_training_code():
+    """The same steps as calibrate() of the layers gives our own networks."""
+    from lifequant.quantizers.layers import calibrate as of_layers
+
+    torch.manual_seed(0)
+    family = registry.quantizer("lsq")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU())
+    q = quantize_model(model, "lsq")
+    calibrate(q, X)
+    own = copy.deepcopy(q)
+    of_layers(own, X)
+    assert steps(own) == pytest.approx(steps(q), rel=1e-6)
+    assert all(quant.calibrated for _, quant in fake_quants(own))
+    ours = SmallNet(Scheme(family, family))
+    assert not any(quant.calibrated for _, quant in fake_quants(ours))
+
+
+def test_functional_relu_and_unreached_layers():
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.never = (nn.Conv2d(3, 3, 1) for _ in range(4))
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(self.relu(self.a(x)), 2)
+            return self.c(F.relu(self.b(torch.cat([x, x], 2))))
+
+    q = quantize_model(Hidden())
+    with pytest.warns(UserWarning, match="1 layers were not reached: never"):
+        calibrate(q, X)
+    assert q.quantization.float_inputs == ["a", "c"] and q.quantization.unreached == ["never"]
+    assert "2  float input" in str(q.quantization)
+
+
+def test_a_frozen_batchnorm_stays_frozen():
+    _, q = net()
+    q.bn.eval()
+    calibrate(q, X)
+    assert q.training and not q.bn.training
+    q.eval()
+    step = steps(q)
+    calibrate(
+        q, X[:1]
+    )  # BatchNorm has no statistics of one image of one pixel; of one image, its running ones are used
+    assert not q.training and steps(q) != step
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", registry.names("quantizer"))
+def test_every_quantizer_trains(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+    q = quantize_model(model, name)
+    calibrate(q, [(X, None)])
+    optimizer = torch.optim.SGD(param_groups(q, 0.05, weight_decay=1e-4), momentum=0.9)
+    y, losses = torch.arange(6) % 5, []
+    for _ in range(10):
+        loss = F.cross_entropy(q(X), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        keep_steps_positive(q)
+        losses.append(loss.item())
+    assert losses[-1] < 0.85 * losses[0]
+    if "exceed" not in str(q.quantization) and not q[0].weight_quant.exceeds_bits:
+        assert len(q[3].weight_quant(q[3].weight).unique()) <= 16
+
+
+def test_param_groups():
+    _, q = net(act_quantizer="pact")
+    groups = {(g["lr"], g["weight_decay"]): g["params"] for g in param_groups(q, 0.1, weight_decay=0.5)}
+    assert [len(groups[key]) for key in ((0.1, 0.5), (0.1 * 0.1, 0.0), (0.1 * 0.1, 0.5))] == [9, 4, 2]
+    q.conv1.weight_quant.size.data.fill_(-1.0)
+    keep_steps_positive(q)
+    assert q.conv1.weight_quant.size > 0
+
+
+def test_compiles_whole():
+    torch.manual_seed(0)
+    q = quantize_model(torchvision.models.resnet18(num_classes=4)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    calibrate(q, x)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(q, fullgraph=True, backend="aot_eager")(x), q(x))
+    _, small = net()
+    calibrate(small, X)
+    torch.compile(small, fullgraph=True, backend="aot_eager")(X).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+# Examples
+
+
+def run(name: str, *words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / name), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_example_torchvision():
+    assert len((EXAMPLES / "quantize_torchvision.py").read_text().splitlines()) < 40
+    found = re.findall(
+        r"^(\w+): loss (\S+) -> (\S+)$", run("quantize_torchvision.py", "squeezenet1_1", "resnet18"), re.M
+    )
+    assert [name for name, *_ in found] == ["squeezenet1_1", "resnet18"]
+    assert all(float(last) < float(first) for _, first, last in found)
+
+
+def test_example_own_loop():
+    found = re.findall(r"^(\w+): first task (\S+) %, (\S+) % among", run("own_loop.py"), re.M)
+    whole, among = ({name: float(row[i]) for name, *row in found} for i in (0, 1))
+    assert whole["ours"] > whole["original"] + 40
+    assert among["ewc"] > among["original"] + 4 and among["ours"] > among["original"] + 4
