@@ -35,6 +35,7 @@ TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
     "top1": "accuracy/train_top1",
     "top5": "accuracy/train_top5",
 }
+MUCH_BOUNDED = 0.05  # of the updates of a step size
 KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
@@ -179,6 +180,12 @@ def warn_of(run: Run, place: int) -> None:
             f"task {place} is learnt to {masked[place][place]:.1f} % (task-masked) where the first was to {masked[0][0]:.1f} %: "
             f"the penalty holds it down, or it is harder; {remedy}"
         )
+    for name, updates in run.steps.most_bounded().items():
+        if updates > MUCH_BOUNDED * run.step:
+            run.log.warn(
+                f"task {place}: the step size of {name} would have changed by more than a tenth at {updates} of {run.step} updates, "
+                "and was held to that: a smaller --lr or --step_lr may do better"
+            )
     for name, quant in fake_quants(run.model):
         if quant.step().min().item() <= STEP_FLOOR:
             run.log.warn(

@@ -21,7 +21,7 @@ from lifequant.losses import distillation
 from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.penalties import PENALTIES
 from lifequant.quantizers.layers import fake_quants
-from lifequant.stability import Oscillations
+from lifequant.stability import Oscillations, StepSizes
 
 
 def generator(*purpose: int | str) -> torch.Generator:
@@ -41,7 +41,7 @@ class Run:
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
         self.place = self.step = 0  # task, and steps done in it
         self.hooks = [self.method] if self.guard is self.method else [self.method, self.guard]
-        self.step_sizes = [p for _, quant in fake_quants(self.model) for p in quant.step_parameters()]
+        self.steps = StepSizes(self.model)
         self.teacher: nn.Module | None = None  # the former task's model, where something distils from it
         self.teach: Callable[[Tensor], Tensor] | None = None  # its forward, compiled where the step is
         if (config.distill or self.method.needs_teacher) and self.num_tasks > 1:
@@ -120,6 +120,7 @@ class Run:
             "method": self.method.state_dict(),
             "penalty": None if self.guard is self.method else self.guard.state_dict(),
             "average": self.average and self.average.state_dict(),
+            "bounded": self.steps.bounded_updates,
             "oscillations": self.oscillations and self.oscillations.state_dict(),
             "sums": self.sums,
             "epoch_sums": self.epoch_sums,
@@ -141,6 +142,7 @@ class Run:
         self.method.load_state_dict(state["method"])
         if self.guard is not self.method:
             self.guard.load_state_dict(state["penalty"])
+        self.steps.bounded_updates.copy_(state["bounded"])
         for name in ("average", "oscillations"):
             if state[name] is not None and getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(state[name])

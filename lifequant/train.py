@@ -23,7 +23,6 @@ from lifequant.evaluate import validation_top1
 from lifequant.head import train_head
 from lifequant.log import Log, table
 from lifequant.methods.base import Batch, Task
-from lifequant.quantizers.base import STEP_FLOOR
 from lifequant.replay import epoch_order
 from lifequant.schedule import lr_factor
 from lifequant.stability import reestimate_bn
@@ -54,10 +53,9 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     (task_loss + penalty).backward()
     for hook in run.hooks:
         hook.after_backward(model)
-    optimizer.step()
     with torch.no_grad():
-        if run.step_sizes:  # a negative step would flip signs without a word
-            torch._foreach_clamp_min_(run.step_sizes, STEP_FLOOR)
+        with run.steps.bounded():
+            optimizer.step()
         for hook in run.hooks:
             hook.after_step(model, factor)
         if run.oscillations:
@@ -162,6 +160,7 @@ def train_all(run: Run) -> None:
         if run.step == 0:
             run.optimizer = run.make_optimizer()
             run.sums.zero_()
+            run.steps.bounded_updates.zero_()
             with run.clock.part("method"):
                 for hook in run.hooks:
                     hook.begin_task(run.model, task)

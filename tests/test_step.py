@@ -121,7 +121,7 @@ def test_step_lr(share, tiny, tmp_path, monkeypatch):
         learnt = [p for p in run.model.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in learnt]
         sums = step(run, batch, factor)
-        sizes = {id(p) for p in run.step_sizes}
+        sizes = {id(p) for p in run.steps.parameters}
         moves.extend((id(p) in sizes, p.detach() - b, p.grad.clone()) for p, b in zip(learnt, before, strict=True))
         return sums
 
@@ -153,7 +153,7 @@ def test_step_sizes_stay_positive(tiny, tmp_path, monkeypatch):
 
     def training_step(run: Any, batch: Any, factor: float) -> Any:
         with torch.no_grad():
-            run.step_sizes[5].fill_(-0.1)
+            run.steps.parameters[5].fill_(-0.1)
         return step(run, batch, factor)
 
     monkeypatch.setattr(training, "training_step", training_step)
@@ -163,6 +163,25 @@ def test_step_sizes_stay_positive(tiny, tmp_path, monkeypatch):
     low = [name for name, value in sizes.items() if value < 1e-3]
     assert len(low) == 1 and sizes[low[0]] == pytest.approx(STEP_FLOOR)
     assert [low[0] in warning and "at its floor" in warning for warning in found["warnings"]] == [True]
+
+
+def test_step_sizes_change_by_a_tenth_at_most(tiny, tmp_path, monkeypatch):
+    """However large the gradient; a run that needs it often says so. A floor is no trap: sizes grow from it again."""
+    step, sizes = training.training_step, []
+
+    def training_step(run: Any, batch: Any, factor: float) -> Any:
+        before = [p.item() for p in run.steps.parameters]
+        sums = step(run, batch, factor)
+        sizes.extend(zip(before, (p.item() for p in run.steps.parameters), strict=True))
+        return sums
+
+    monkeypatch.setattr(training, "training_step", training_step)
+    found = train(tiny, tmp_path / "run", method="original", num_tasks=1, step_lr=1000, num_epochs=2)
+    ratios = [after / before for before, after in sizes if after > 2 * STEP_FLOOR]
+    assert all(0.9 - 1e-5 < ratio < 1.1 + 1e-5 for ratio in ratios)
+    assert min(ratios) < 0.901 and max(ratios) > 1.099
+    assert any("was held to that" in warning for warning in found["warnings"])
+    assert not train(tiny, tmp_path / "calm", method="original", num_tasks=1, lr=0.001)["warnings"]
 
 
 def factors(epochs: int = 8, steps: int = 5, **settings: Any) -> list[float]:
