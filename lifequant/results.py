@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lifequant import checkpoint, job, metrics
+from lifequant.checks import refuse_divergence, warn_of
 from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.data import DataSet
-from lifequant.errors import UserError
 from lifequant.evaluate import evaluate
 from lifequant.exemplars import nme_accuracy
 from lifequant.files import TOP
 from lifequant.log import table
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant
+from lifequant.quantizers.base import FakeQuant
 from lifequant.quantizers.layers import fake_quants, quantized_weights, weight_layers
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
     "top1": "accuracy/train_top1",
     "top5": "accuracy/train_top5",
 }
-MUCH_BOUNDED = 0.05  # of the updates of a step size
 KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
@@ -80,15 +78,6 @@ def means(sums: Tensor) -> dict[str, float]:
     n = max(images, 1)
     return {"loss": (task_loss + penalty) / n, "task_loss": task_loss / n, "penalty": penalty / n,
             "top1": 100 * top1 / n, "top5": 100 * top5 / n}  # fmt: skip
-
-
-def refuse_divergence(run: Run, value: float) -> None:
-    """Raises UserError where a loss, or what a model says of test images, is not finite."""
-    if not math.isfinite(value):
-        raise UserError(
-            f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.place]}, step {run.step}: "
-            "begin anew with a smaller --lr, or a smaller --ll_lambda where there is a penalty"
-        )
 
 
 def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
@@ -161,36 +150,6 @@ def end_task(run: Run, task: Any) -> None:
     warn_of(run, place)
     accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
     run.log.say(f"after {'all tasks' if run.method.joint else f'task {run.data.ids[place]}'}, top-1 (%): {accuracies}")
-
-
-def warn_of(run: Run, place: int) -> None:
-    """Warn of a penalty that dwarfs the loss or holds the new task down, and of steps at their floor.
-
-    Held down: the newest task, judged among its own classes, is learnt less well than 0.8 times the first was. (Overall
-    accuracy would not do: it falls as the classes of former tasks compete.)
-    """
-    now, masked = run.history["training"][-1], run.history["top1_masked"]
-    remedy = f"a smaller --ll_lambda than {run.config.ll_lambda:g} may do better"
-    if now["penalty"] > now["task_loss"]:
-        run.log.warn(
-            f"task {place}: the penalty ({now['penalty']:.3g}) is larger than the task loss ({now['task_loss']:.3g}): {remedy}"
-        )
-    elif run.guard.holds_down and place > 0 and masked[place][place] < 0.8 * masked[0][0]:
-        run.log.warn(
-            f"task {place} is learnt to {masked[place][place]:.1f} % (task-masked) where the first was to {masked[0][0]:.1f} %: "
-            f"the penalty holds it down, or it is harder; {remedy}"
-        )
-    for name, updates in run.steps.most_bounded().items():
-        if updates > MUCH_BOUNDED * run.step:
-            run.log.warn(
-                f"task {place}: the step size of {name} would have changed by more than a tenth at {updates} of {run.step} updates, "
-                "and was held to that: a smaller --lr or --step_lr may do better"
-            )
-    for name, quant in fake_quants(run.model):
-        if quant.step().min().item() <= STEP_FLOOR:
-            run.log.warn(
-                f"task {place}: the step size of {name} is at its floor: this layer has stopped quantizing sensibly"
-            )
 
 
 def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
