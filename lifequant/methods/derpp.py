@@ -34,7 +34,7 @@ class DERpp(LifelongMethod):
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
-            "--derpp_alpha", type=real(0), metavar="A", default=0.5, help="weight of the stored logits' term"
+            "--derpp_alpha", type=real(0), metavar="A", default=0.1, help="weight of the stored logits' term"
         )
 
     def begin_task(self, model: nn.Module, task: Task) -> None:

@@ -26,7 +26,7 @@ class RWalk(Regulariser):
     """
 
     help = "Riemannian walk: moving Fisher and path integral in its metric (Chaudhry et al., ECCV 2018)"
-    parts = Regulariser.parts | {"ll_lambda": 1.0}
+    parts = Regulariser.parts | {"ll_lambda": 10.0}
     per_step_state = True
     importances = ("importance", "fisher", "score", "gained", "path", "origin")
 
