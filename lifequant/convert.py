@@ -67,7 +67,7 @@ def quantize_model(
 
     The model's float state dict loads into ``q`` strictly. Steps are set by ``calibrate``; where that wasn't called, by
     the first forward, on its batch, with a warning. In a loop of your own, ``param_groups`` and ``keep_steps_positive``
-    treat steps as this package's training does. Raises UserError.
+    treat steps as this package's training does; torch.compile comes after calibration. Raises UserError.
     """
     for bits, what in (
         (weight_bits, "weight_bits"),
@@ -186,11 +186,8 @@ def _calibrate(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> int:
             seen.setdefault(name, []).append(_values(x))
             calibrate_one(quant, torch.cat(seen[name]))
 
-    def take(name: str, layer: nn.Module, args: tuple) -> None:
+    def take(name: str, x: Tensor) -> None:
         reached.add(name)
-        if not args or isinstance(getattr(layer, "act_quant", None), FakeQuant):
-            return
-        x = args[0]
         values = sample(x[x != 0], VALUES).float()  # what pads or is silent says nothing
         if len(values):
             known = torch.isin(values, given.to(values.device)).float().mean()
@@ -206,7 +203,11 @@ def _calibrate(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> int:
     handles = []
     for name, module in q.named_modules():
         if isinstance(module, QuantConv2d | QuantLinear):
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: take(name, m, args)))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, args, kwargs, name=name: take(name, *args, *kwargs.values()), with_kwargs=True
+                )
+            )
         elif isinstance(module, QuantReLU):
             handles.append(module.register_forward_hook(lambda m, args, out, name=name: give(name, m, out)))
     devices = sorted({p.device.index for p in q.parameters() if p.is_cuda})
@@ -214,7 +215,7 @@ def _calibrate(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> int:
         with torch.random.fork_rng(devices=devices), watching_activations(q, set_step):
             for args, kwargs in calls:
                 passes, given = Counter(), given[:0]
-                alone = bool(args) and torch.is_tensor(args[0]) and len(args[0]) == 1  # BatchNorm needs two
+                alone = bool(args) and torch.is_tensor(args[0]) and args[0].shape[:1] == (1,)  # BatchNorm needs two
                 with trial(q, train=not alone):
                     q(*args, **kwargs)
                 uses |= passes

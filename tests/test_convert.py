@@ -403,6 +403,21 @@ def test_functional_relu_and_unreached_layers():
     assert "2  float input" in str(q.quantization)
 
 
+def test_inputs_by_name():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, *, image: Tensor) -> Tensor:
+            return self.relu(input=self.conv(input=image))
+
+    q = quantize_model(Named())
+    with pytest.warns(UserWarning, match="were not set"):
+        assert len(q(image=X).unique()) <= 16
+    assert q.quantization.float_inputs == ["conv"]
+
+
 def test_a_frozen_batchnorm_stays_frozen():
     _, q = net()
     q.bn.eval()

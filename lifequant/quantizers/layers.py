@@ -32,8 +32,8 @@ class QuantConv2d(nn.Conv2d):
         conv.__class__ = cls
         conv.weight_quant = weight_quant
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight_quant(self.weight), self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, since some call their layers by it
+        return self._conv_forward(input, self.weight_quant(self.weight), self.bias)
 
 
 class QuantLinear(nn.Linear):
@@ -51,8 +51,8 @@ class QuantLinear(nn.Linear):
         linear.__class__ = cls
         linear.weight_quant, linear.act_quant, linear.float_input = weight_quant, nn.Identity(), True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.act_quant(x), self.weight_quant(self.weight), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.act_quant(input), self.weight_quant(self.weight), self.bias)
 
 
 class QuantReLU(nn.Module):
@@ -75,10 +75,10 @@ class QuantReLU(nn.Module):
     def rectify(self, x: Tensor, inplace: bool) -> Tensor:
         return F.relu(x, inplace) if self.bound is None else F.hardtanh(x, 0.0, self.bound, inplace)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if getattr(self.act_quant, "before_relu", False):
-            return self.rectify(self.act_quant(x), False)
-        return self.act_quant(self.rectify(x, self.inplace))
+            return self.rectify(self.act_quant(input), False)
+        return self.act_quant(self.rectify(input, self.inplace))
 
     def extra_repr(self) -> str:
         return "" if self.bound is None else f"bound={self.bound:g}"
