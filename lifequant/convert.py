@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lifequant import registry
+from lifequant.convert_report import Quantization, note, report, why_left
 from lifequant.errors import UserError
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, sample
+from lifequant.quantizers.base import FakeQuant, Quantizer, sample
 from lifequant.quantizers.layers import (
     QuantConv2d,
     QuantLinear,
@@ -37,7 +38,6 @@ from lifequant.quantizers.layers import (
     trial,
     watching_activations,
 )
-from lifequant.quantizers.report import Quantization, note, report, why_left
 
 BATCHES = 8  # that calibrate() reads
 VALUES = 2**14  # of a tensor that are held to set a step from, one call of one batch
@@ -269,25 +269,3 @@ def _unhook(q: nn.Module) -> None:
         if hook is _calibrate_first:
             del q._forward_pre_hooks[key]
             q._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def param_groups(q: nn.Module, lr: float, weight_decay: float = 0.0, step_lr: float = 0.1) -> list[dict[str, Any]]:
-    """Groups for an optimizer: quantizers' parameters at ``step_lr`` times ``lr``, not decayed (but where theirs says so).
-
-    At the weights' learning rate steps never come to rest; decay would shrink them to nothing.
-    """
-    decayed = {id(p): quant.weight_decay for _, quant in fake_quants(q) for p in quant.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for p in q.parameters():
-        if p.requires_grad:
-            key = (lr if id(p) not in decayed else lr * step_lr, weight_decay if decayed.get(id(p), True) else 0.0)
-            groups.setdefault(key, []).append(p)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
-@torch.no_grad()
-def keep_steps_positive(q: nn.Module) -> None:
-    """After an optimizer's step: a step that went negative would flip signs without a word."""
-    steps = [p for _, quant in fake_quants(q) for p in quant.step_parameters()]
-    if steps:
-        torch._foreach_clamp_min_(steps, STEP_FLOOR)

@@ -4,61 +4,19 @@ counted and frozen (Nagel et al., "Overcoming Oscillations in Quantization-Aware
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant
-from lifequant.quantizers.layers import fake_quants, weight_layers
+from lifequant.quantizers.base import FakeQuant
+from lifequant.quantizers.layers import weight_layers
 
-STEP_CHANGE = 0.1  # of a step size, at most, in one update
 MOMENTUM = 0.01  # of both moving averages, as in Nagel et al. 2022
 OSCILLATES = 0.005  # a weight with a higher frequency is counted as oscillating (the same)
 MOST_FROZEN = 0.5  # of the weights, and of the variance, of what has codes by its own statistics
 PASSES = 4  # of writing where statistics move with it; each moves them by at most about half of the one before
-
-
-class StepSizes:
-    """All step sizes of a model. An update changes one by a tenth of itself at most, and none falls below a floor.
-
-    A step is small, 0.003 for 8-bit weights of 0.4, and its gradient is multiplied by the largest code where values are
-    clipped. When the loss jumps, as at a change of tasks, one update could take it below 0, which flips signs without a
-    word; at a floor every value is clipped, no weight has a gradient, and the layer is dead. How many updates were bounded
-    is counted, for the run to warn of it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        quants = [(name, quant, quant.step_parameters()) for name, quant in fake_quants(model)]
-        self.parameters = [p for _, _, params in quants for p in params]
-        self.names = [name for name, _, params in quants for _ in params]
-        device = self.parameters[0].device if self.parameters else None
-        self.sizes = [p.numel() for p in self.parameters]
-        self.bounded_updates = torch.zeros(sum(self.sizes), device=device)
-
-    @contextmanager
-    def bounded(self) -> Iterator[None]:
-        """Around an optimizer's step. A few kernels, no device synchronisation."""
-        if not self.parameters:
-            yield
-            return
-        with torch.no_grad():
-            before = torch.cat([p.flatten() for p in self.parameters])
-            yield
-            now = torch.cat([p.flatten() for p in self.parameters])
-            room = STEP_CHANGE * before.abs()
-            kept = now.clamp(before - room, before + room)
-            self.bounded_updates += kept != now
-            kept.clamp_(min=STEP_FLOOR)
-            parts = zip(self.parameters, kept.split(self.sizes), strict=True)
-            torch._foreach_copy_(self.parameters, [part.view_as(p) for p, part in parts])
-
-    def most_bounded(self) -> dict[str, int]:
-        """{quantizer: updates that were bounded in this task}; of its channels the most."""
-        most = [int(part.max()) for part in self.bounded_updates.split(self.sizes)] if self.sizes else []
-        return dict(zip(self.names, most, strict=True))
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from lifequant.log import Log
 from lifequant.losses import distillation
 from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.penalties import PENALTIES
-from lifequant.quantizers.layers import fake_quants
-from lifequant.stability import Oscillations, StepSizes
+from lifequant.stability import Oscillations
+from lifequant.steps import StepSizes, param_groups
 
 
 def generator(*purpose: int | str) -> torch.Generator:
@@ -62,23 +62,12 @@ class Run:
         self.losses = self.compute_losses
 
     def make_optimizer(self) -> torch.optim.SGD:
-        """SGD, anew for each task; the quantizers' parameters are in a group of their own, without weight decay.
-
-        Their learning rate is lower (``--step_lr``): at that of the weights they never come to rest, and a quantized
-        network learns less well than its steps allow.
-        """
-        own = {id(p): quant for _, quant in fake_quants(self.model) for p in quant.parameters()}
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for p in self.model.parameters():
-            if p.requires_grad:
-                quant = own.get(id(p))
-                share = 1.0 if quant is None else self.config.step_lr
-                decay = self.config.weight_decay if quant is None or quant.weight_decay else 0.0
-                groups.setdefault((share, decay), []).append(p)
-        groups = [
-            {"params": params, "weight_decay": decay, "share": share} for (share, decay), params in groups.items()
-        ]
-        return torch.optim.SGD(groups, lr=self.config.lr, momentum=self.config.momentum, foreach=True)
+        """SGD, anew for each task."""
+        config = self.config
+        groups = param_groups(self.model, config.lr, config.weight_decay, config.step_lr)
+        for group in groups:
+            group["highest_lr"] = group["lr"]
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
 
     def compute_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, task loss, penalty before lambda): the part of the step that torch.compile takes whole."""

@@ -46,7 +46,7 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     """THE training step, at ``factor`` times the learning rate; returns results.step_sums. No device synchronisation."""
     model, optimizer = run.model, run.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = run.config.lr * factor * group["share"]
+        group["lr"] = factor * group["highest_lr"]
     logits, task_loss, penalty = run.losses(run.with_teacher(batch))
     penalty = run.config.ll_lambda * penalty
     optimizer.zero_grad()

@@ -18,9 +18,9 @@ from small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import calibrate, quantize_model, registry
-from lifequant.convert import keep_steps_positive, param_groups
 from lifequant.errors import UserError
 from lifequant.quantizers.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, fake_quants, set_layer_bits
+from lifequant.steps import StepSizes, param_groups
 
 EXAMPLES = Path(__file__).parent / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* input that no quantizer gave")
@@ -445,13 +445,14 @@ def test_every_quantizer_trains(name):
     q = quantize_model(model, name)
     calibrate(q, [(X, None)])
     optimizer = torch.optim.SGD(param_groups(q, 0.05, weight_decay=1e-4), momentum=0.9)
+    steps = StepSizes(q)
     y, losses = torch.arange(6) % 5, []
     for _ in range(10):
         loss = F.cross_entropy(q(X), y)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        keep_steps_positive(q)
+        with steps.bounded():
+            optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.85 * losses[0]
     if "exceed" not in str(q.quantization) and not q[0].weight_quant.exceeds_bits:
@@ -462,9 +463,10 @@ def test_param_groups():
     _, q = net(act_quantizer="pact")
     groups = {(g["lr"], g["weight_decay"]): g["params"] for g in param_groups(q, 0.1, weight_decay=0.5)}
     assert [len(groups[key]) for key in ((0.1, 0.5), (0.1 * 0.1, 0.0), (0.1 * 0.1, 0.5))] == [9, 4, 2]
-    q.conv1.weight_quant.size.data.fill_(-1.0)
-    keep_steps_positive(q)
-    assert q.conv1.weight_quant.size > 0
+    steps, before = StepSizes(q), q.conv1.weight_quant.size.item()
+    with steps.bounded():
+        q.conv1.weight_quant.size.data.fill_(-1.0)
+    assert q.conv1.weight_quant.size.item() == pytest.approx(0.9 * before)
 
 
 def test_compiles_whole():

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lifequant import calibrate, options, quantize_model, registry
-from lifequant.convert import keep_steps_positive, param_groups
 from lifequant.methods.base import Batch, user_task
 from lifequant.penalties import PENALTIES
 from lifequant.replay import epoch_order
+from lifequant.steps import StepSizes, param_groups
 
 warnings.simplefilter("ignore")
 SIZE, EPOCHS, LR = 32, 6, 0.02
@@ -48,6 +48,7 @@ def learn(config):
     for t, (x, y) in enumerate(training):
         task = user_task(t, x, y, replay_x, replay_y, past_y, num_classes=8, batch_size=SIZE)
         optimizer = torch.optim.SGD(param_groups(q, LR), momentum=0.9)
+        steps = StepSizes(q)
         for hook in hooks:
             hook.begin_task(q, task)
         q.train()
@@ -63,8 +64,8 @@ def learn(config):
                 loss.backward()
                 for hook in hooks:
                     hook.after_backward(q)
-                optimizer.step()
-                keep_steps_positive(q)
+                with steps.bounded():
+                    optimizer.step()
                 for hook in hooks:
                     hook.after_step(q, 1.0)
         for hook in hooks:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchvision.models import get_model
 
 from lifequant import calibrate, quantize_model
-from lifequant.convert import keep_steps_positive, param_groups
+from lifequant.steps import StepSizes, param_groups
 
 MODELS = ["resnet18", "mobilenet_v2", "vgg11_bn", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0"]
 
@@ -21,12 +21,13 @@ for name in sys.argv[1:] or MODELS:
     q = quantize_model(model, quantizer="proxq", weight_bits=4, act_bits=4, keep_first_last=8)
     calibrate(q, [(images, labels)])  # a DataLoader: the first batches are read
     optimizer = torch.optim.SGD(param_groups(q, lr=0.01, weight_decay=1e-4), momentum=0.9)
+    steps = StepSizes(q)
     losses = []
     for _ in range(3):
         loss = F.cross_entropy(q(images), labels)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        keep_steps_positive(q)
+        with steps.bounded():
+            optimizer.step()
         losses.append(loss.item())
     print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}", q.quantization, sep="\n")
