@@ -139,7 +139,7 @@ def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
     apart = _ELSEWHERE | free_names() | (_LATER if config.start_task == 1 else set())
     if config.start_task == 1:
         apart |= {name for name in ours | theirs if name.startswith((config.method + "_", theirs["method"] + "_"))}
-    for name in sorted({*ours, *theirs} - apart):
+    for name in [name for name in {**ours, **theirs} if name not in apart]:  # in the order of Config
         if ours.get(name) != theirs.get(name):
             raise UserError(
                 f"--from {run}: its {name} is {theirs.get(name)}, this run's {ours.get(name)}: they differ before task {config.start_task}"

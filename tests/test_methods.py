@@ -44,7 +44,7 @@ def test_lwf():
     """3 KL(former || now) at temperature 2 over the classes of task 0, on top of the task loss; nothing in task 0."""
     noise = np.random.default_rng(0)
     now, former = noise.normal(0, 2, (SIZE, CLASSES)), noise.normal(0, 2, (SIZE, CLASSES))
-    method, task = make("lwf"), make_task(1)
+    method, task = make("lwf", lwf_alpha=3), make_task(1)
     batch = batch_of(task, 0)._replace(teacher=torch.tensor(former))
     method.begin_task(network(), make_task(0))
     ce = F.cross_entropy(torch.tensor(now), batch.y).item()

@@ -138,7 +138,7 @@ def test_si():
 def test_lwf():
     """The former model's classes are those of task 0; temperature 2, weight 3."""
     former = network()
-    ours, theirs = make("lwf"), LearningWithoutForgetting(alpha=3, temperature=2)
+    ours, theirs = make("lwf", lwf_alpha=3), LearningWithoutForgetting(alpha=3, temperature=2)
     theirs.post_adapt(strategy(former, 0), strategy(former, 0).experience)
     model = copy.deepcopy(former)
     ours.begin_task(model, task(1))

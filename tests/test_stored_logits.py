@@ -18,7 +18,7 @@ from lifequant.penalties import PENALTIES
 def test_derpp():
     """Mean loss of the pool + 0.5 * the replay images' mean squared difference from the logits at the former task's end."""
     model, task = network(), make_task(1)
-    method = make("derpp")
+    method = make("derpp", derpp_alpha=0.5)
     method.begin_task(model, make_task(0))
     assert method.memory_bytes() == {"logits": 0}
     method.begin_task(model, task)
@@ -47,7 +47,7 @@ def test_derpp():
 
 def test_derpp_where_rows_do_not_last():
     """In tasks of tensors a row is another image in each task: all logits are computed anew."""
-    model, method = network("float"), make("derpp")
+    model, method = network("float"), make("derpp", derpp_alpha=0.5)
     x, y = torch.randn(9, 3, 8, 8).double(), torch.arange(9) % CLASSES
     method.begin_task(model, user_task(0, x[:4], y[:4], num_classes=CLASSES))
     method.begin_task(model, user_task(1, x[4:8], y[4:8], x[:2], y[:2], num_classes=CLASSES))
