@@ -18,7 +18,7 @@ from lifequant import registry
 from lifequant.augment import MEAN, STD
 from lifequant.config import Config
 from lifequant.errors import UserError
-from lifequant.quantizers.layers import Scheme
+from lifequant.quantizers.layers import Scheme, set_layer_bits
 
 SCHEMA = 1
 
@@ -68,10 +68,7 @@ def build(config: Config, num_classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = registry.model(config.target_model)(num_classes, scheme, config.shortcut)
-    if config.layer_bits:
-        from lifequant.quantizers.layers import set_layer_bits
-
-        set_layer_bits(model, scheme, config.bits_of_layers())
+    set_layer_bits(model, scheme, config.bits_of_layers())
     return model.to(memory_format=torch.channels_last)
 
 

@@ -34,9 +34,7 @@ def test_distillation_is_from_the_former_model(tiny, tmp_path, monkeypatch):
     former = checkpoint.read(tmp_path / "run" / "checkpoint" / "task0.pt", "run")
     teacher = checkpoint.build(training_config(tmp_path / "run"), 6).eval()
     teacher.load_state_dict(former["model"])
-    known, seen_classes = [0, 1, 2, 3], 6
-    labels = {int(c) for place, batch, *_ in seen for c in batch.y if place == 0}
-    known = sorted(labels)
+    known, seen_classes = sorted({int(c) for place, batch, *_ in seen for c in batch.y if place == 0}), 6
     for place, batch, logits, loss in seen:
         wanted = F.cross_entropy(logits, batch.y)
         if place == 1:
