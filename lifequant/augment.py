@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +15,20 @@ STD = (0.2470, 0.2435, 0.2616)
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] in 0..255 -> float32, channels-last."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _statistics(images.device)
     return images.float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """MEAN and STD on a device, sent there once: a tensor made from numbers waits for the GPU."""
+    with torch.inference_mode(False):  # an evaluation may ask first
+        return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (MEAN, STD))
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``. From pinned memory, so that the GPU's queue goes on and nothing waits."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
@@ -24,8 +37,8 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> T
     The randomness comes from ``generator`` (on the CPU) alone, so a batch is the same on every device.
     """
     n, channels, height, width = images.shape
-    offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=generator).to(images.device)
-    mirrored = (torch.rand(n, generator=generator) < 0.5).to(images.device)
+    offsets = send(torch.randint(0, 2 * pad + 1, (2, n), generator=generator), images.device)
+    mirrored = send(torch.rand(n, generator=generator) < 0.5, images.device)
     rows = offsets[0, :, None] + torch.arange(height, device=images.device)
     across = torch.arange(width, device=images.device).expand(n, width)
     columns = offsets[1, :, None] + torch.where(mirrored[:, None], width - 1 - across, across)

@@ -161,6 +161,9 @@ class Config:
     test_only: bool = switch(False, RUN, "evaluate job_dir's model, or --source_file's; train nothing", free=True)
     device: str = flag("auto", RUN, "auto, cpu or cuda", choices=["auto", "cpu", "cuda"], free=True)
     gpus: int = flag(0, RUN, "index of the GPU, where there is one", nargs="+", type=whole(0), free=True)
+    amp: str = flag("off", RUN, "bf16: convolutions in bfloat16 in training, for GPUs; quantizers stay in float32",
+                    choices=["off", "bf16"])  # fmt: skip
+    deterministic: bool = switch(False, RUN, "deterministic algorithms alone, for the same bits again on a GPU")
     compile: str = flag("auto", RUN, "torch.compile: auto compiles long runs", nargs="?", const="on",
                         choices=["auto", "on", "off"])  # fmt: skip
     checkpoint_seconds: float = flag(300.0, RUN, "seconds between checkpoints", type=real(0), free=True)

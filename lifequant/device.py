@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,6 +28,24 @@ def pick_device(config: Config) -> torch.device:
     if config.gpus >= torch.cuda.device_count():
         raise UserError(f"--gpus {config.gpus}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     return torch.device("cuda", config.gpus)
+
+
+@contextmanager
+def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """With ``wanted``, only algorithms that give the same bits again run inside; torch raises for what has none."""
+    if not wanted:
+        yield
+        return
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def wants_compile(config: Config, device: torch.device, steps: int, say: Callable[[str], None]) -> bool:

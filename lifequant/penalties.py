@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from lifequant.importance import at_quantized_weights, conv_weights, evaluating, per_batch, per_sample, protected
 from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.quantizers.base import FakeQuant
-from lifequant.quantizers.layers import packed_bytes, weight_layers
+from lifequant.quantizers.layers import QuantConv2d, QuantLinear, packed_bytes, weight_layers
 from lifequant.stored_logits import StoredLogits
 
 
 class Anchored(LifelongMethod):
     """Sum of importance * (w - anchor)^2. A form says what w is, and estimates the importance at a task's begin.
 
-    Importance and anchor are allocated at the first task, as zeros, and then written in place: a compiled step needs no
-    second compilation.
+    The anchor is kept as integer codes and a unit, the step, where their product is exact; else as values and the unit 1.
+    All are allocated at the first task and then written in place: a compiled step needs no second compilation.
     """
 
     holds_down = True
@@ -32,6 +32,7 @@ class Anchored(LifelongMethod):
         self.config = config
         self.importance: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
+        self.unit: dict[str, Tensor] = {}
         self.anchor_bytes = 0
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
@@ -40,32 +41,43 @@ class Anchored(LifelongMethod):
             name: layer.weight_quant(layer.weight) for name, layer in weight_layers(model) if layer.weight.dim() == 4
         }
 
+    def kept(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """{name: (anchor, unit)} whose product is ``values``, bit for bit."""
+        return {name: packed(layer) for name, layer in weight_layers(model) if layer.weight.dim() == 4}
+
+    def former(self, name: str) -> Tensor:
+        """The former value of ``values(model)[name]``."""
+        return self.anchor[name] * self.unit[name]
+
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
         """Importances at the former task's weights, all factors but lambda included; None for no penalty."""
         raise NotImplementedError
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         with torch.no_grad():
-            values = self.values(model)
+            kept = self.kept(model)
         if not self.anchor:
-            self.importance = {name: torch.zeros_like(v) for name, v in values.items()}
-            self.anchor = {name: v.detach().clone() for name, v in values.items()}
+            self.importance = {name: torch.zeros_like(a, dtype=unit.dtype) for name, (a, unit) in kept.items()}
+            self.anchor = {name: anchor.clone() for name, (anchor, _) in kept.items()}
+            self.unit = {name: unit.clone() for name, (_, unit) in kept.items()}
             self.anchor_bytes = sum(packed_bytes(layer) for _, layer in weight_layers(model) if layer.weight.dim() == 4)
         estimate = self.estimate(model, task) if task.id > 0 else None
         with torch.no_grad():
-            for name, value in values.items():
-                self.importance[name].copy_(estimate[name] if estimate else torch.zeros_like(value))
-                self.anchor[name].copy_(value)
+            for name, (anchor, unit) in kept.items():
+                self.importance[name].copy_(estimate[name]) if estimate else self.importance[name].zero_()
+                self.anchor[name].copy_(anchor)
+                self.unit[name].copy_(unit)
 
     def penalty(self, model: nn.Module) -> Tensor:
         values = self.values(model)
-        return sum((self.importance[name] * (v - self.anchor[name]).square()).sum() for name, v in values.items())
+        return sum((self.importance[name] * (v - self.former(name)).square()).sum() for name, v in values.items())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"importance": self.importance, "anchor": self.anchor, "anchor_bytes": self.anchor_bytes}
+        return {name: getattr(self, name) for name in ("importance", "anchor", "unit", "anchor_bytes")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.importance, self.anchor, self.anchor_bytes = state["importance"], state["anchor"], state["anchor_bytes"]
+        for name in ("importance", "anchor", "unit", "anchor_bytes"):
+            setattr(self, name, state[name])
 
     def memory_bytes(self) -> dict[str, int]:
         """Importances as held (float32), the anchor at the bit-width of what it repeats."""
@@ -96,8 +108,9 @@ class ProxQStep(Anchored):
 
     default_lambda = 0.1
 
-    def values(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: layer.weight_quant.codes(layer.weight).float() for name, layer in self._layers(model)}
+    def kept(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        codes = {name: layer.weight_quant.codes(layer.weight) for name, layer in self._layers(model)}
+        return {name: (c, torch.ones((), device=c.device)) for name, c in codes.items()}
 
     @staticmethod
     def _layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -119,10 +132,11 @@ class ProxQStep(Anchored):
         strength = self.config.ll_lambda * lr_ratio
         for name, layer in self._layers(model):
             weight, quant = layer.weight, layer.weight_quant
-            d = quant.into_codes(weight) - self.anchor[name]
+            former = self.former(name)
+            d = quant.into_codes(weight) - former
             size = d.abs()
             beyond = (size - 0.5).clamp(min=0) / (1 + strength * self.importance[name])
-            u = self.anchor[name] + d.sign() * (size.clamp(max=0.5) + beyond)
+            u = former + d.sign() * (size.clamp(max=0.5) + beyond)
             moved = (beyond > 0) & (self.importance[name] > 0)
             weight.copy_(torch.where(moved, quant.latent(u, weight), weight))
 
@@ -148,6 +162,9 @@ class ProxQPublished(Anchored):
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         return dict(protected(model))
+
+    def kept(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (value.detach(), value.new_ones(())) for name, value in self.values(model).items()}
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
         if not replay_there(task, len(task.replay)):
@@ -196,6 +213,14 @@ class ProxQFunction(LifelongMethod):
 
     def memory_bytes(self) -> dict[str, int]:
         return {"logits": self.stored.nbytes()}
+
+
+def packed(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
+    """(codes, unit) or (values, 1) of a layer's quantized weights: their product is these, bit for bit."""
+    weight, quant = layer.weight.detach(), layer.weight_quant
+    if isinstance(quant, FakeQuant) and quant.linear:
+        return quant.codes(weight).to(torch.int8), quant.along(quant.step(), weight)
+    return quant(weight).detach(), weight.new_ones(())
 
 
 def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tensor] | None, float]:

@@ -68,7 +68,13 @@ def step_sums(logits: Tensor, y: Tensor, task_loss: Tensor, penalty: Tensor) -> 
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
     n = len(y)
     return torch.stack(
-        [task_loss * n, penalty * n, top[:, 0].sum().float(), top.sum().float(), y.new_tensor(n).float()]
+        [
+            task_loss * n,
+            penalty * n,
+            top[:, 0].sum().float(),
+            top.sum().float(),
+            torch.full((), float(n), device=y.device),
+        ]
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,18 @@ class Run:
 
     def compute_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, task loss, penalty before lambda): the part of the step that torch.compile takes whole."""
-        logits = self.model(batch.x)
+        with self.autocast():
+            logits = self.model(batch.x)
+        logits = logits.float()
         task_loss = self.method.task_loss(logits, batch)
         if self.config.distill and batch.teacher is not None:
             old = distillation(logits, batch.teacher, self.known, self.config.distill_temperature)
             task_loss = task_loss + self.config.distill * self.known_share * old
         return logits, task_loss, self.guard.penalty(self.model) + self.guard.output_penalty(logits, batch)
+
+    def autocast(self) -> AbstractContextManager:
+        """With ``--amp bf16`` convolutions and the head compute in bfloat16, in training; quantizers stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.amp == "bf16" else nullcontext()
 
     def begin_parts(self, task: Task) -> None:
         """What belongs to no method, at a task's first step and after a resumption: teacher and known classes."""
@@ -93,8 +100,8 @@ class Run:
             return batch
         if self.place == 0:
             return batch._replace(teacher=batch.x.new_zeros(len(batch.y), len(self.known)))
-        with torch.no_grad():
-            return batch._replace(teacher=self.teach(batch.x))
+        with torch.no_grad(), self.autocast():
+            return batch._replace(teacher=self.teach(batch.x).float())
 
     def state(self) -> dict[str, Any]:
         self.clock.stop()

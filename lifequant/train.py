@@ -18,7 +18,7 @@ from lifequant import checkpoint, data, job, registry, results, start
 from lifequant.augment import crop_and_flip, normalise
 from lifequant.average import WeightAverage
 from lifequant.config import Config
-from lifequant.device import pick_device, wants_compile
+from lifequant.device import deterministic, pick_device, wants_compile
 from lifequant.evaluate import validation_top1
 from lifequant.head import train_head
 from lifequant.log import Log, table
@@ -36,7 +36,7 @@ ALONE = (
 
 def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Generator) -> Batch:
     """Batch ``index`` of an epoch, augmented on the device. The last one is filled up from the epoch's begin."""
-    places = order[torch.arange(index * size, (index + 1) * size) % len(order)].to(task.images.device)
+    places = order[torch.arange(index * size, (index + 1) * size, device=order.device) % len(order)]
     rows = task.pool[places]
     images = crop_and_flip(task.images[rows], noise)
     return Batch(normalise(images), task.labels[rows], places >= len(task.new), rows)
@@ -47,9 +47,10 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     model, optimizer = run.model, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = factor * group["highest_lr"]
+    optimizer.zero_grad()  # before the forward: a CUDA graph takes back the memory of the former step's gradients
+    torch.compiler.cudagraph_mark_step_begin()
     logits, task_loss, penalty = run.losses(run.with_teacher(batch))
     penalty = run.config.ll_lambda * penalty
-    optimizer.zero_grad()
     (task_loss + penalty).backward()
     for hook in run.hooks:
         hook.after_backward(model)
@@ -63,6 +64,15 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
         if run.average:
             run.average.update(model)
         return results.step_sums(logits, batch.y, task_loss, penalty)
+
+
+def compile_step(run: Run) -> None:
+    """Forward, losses and penalty as one compiled graph; on a GPU as CUDA graphs, which take a launch each instead of
+    hundreds."""
+    torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
+    mode = "reduce-overhead" if run.device.type == "cuda" else None
+    run.losses = torch.compile(run.compute_losses, dynamic=False, mode=mode)
+    run.teach = run.teacher and torch.compile(run.teacher, dynamic=False, mode=mode)
 
 
 def train_task(run: Run, task: Task) -> None:
@@ -84,7 +94,7 @@ def train_task(run: Run, task: Task) -> None:
         if index == 0 or order is None:
             order = epoch_order(
                 task.labels[task.pool], task.counts, config.sampler, generator(config.seed, "order", task.id, epoch)
-            )
+            ).to(run.device)
         batch = make_batch(task, order, index, size, generator(config.seed, "augment", task.id, run.step))
         factor = lr_factor(config, run.step, steps_per_epoch)
         sums = training_step(run, batch, factor)
@@ -211,10 +221,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             log.say(ALONE.format(config.method))
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say):
-            torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
-            this.losses = torch.compile(this.compute_losses, dynamic=False)
-            this.teach = this.teacher and torch.compile(this.teacher, dynamic=False)
-        train_all(this)
-        return results.finish(this)
+            compile_step(this)
+        with deterministic(config.deterministic, device):
+            train_all(this)
+            return results.finish(this)
     finally:
         log.close()

@@ -73,6 +73,7 @@ class FakeQuant(nn.Module):
 
     before_relu = False  # an activation quantizer that takes what the ReLU would, and is followed by it
     exceeds_bits = False  # gives more than 2^bits values; every report says so
+    linear = False  # x_q is step() times the code, bit for bit, whatever else x holds
     weight_decay = False  # whether the optimizer decays its parameters, as PACT's L2 on the clipping level does
     calibrated = False  # whether the step was set from data, or loaded
 

@@ -68,6 +68,8 @@ class LLSQWeight(LLSQ):
     Initial a = max|w| / 2^(b-1); one for each channel: max|w| / qp.
     """
 
+    linear = True
+
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, channels)
 

@@ -50,6 +50,8 @@ class LSQ(FakeQuant):
 class LSQWeight(LSQ):
     """Signed: codes -2^(b-1) .. 2^(b-1)-1."""
 
+    linear = True
+
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, channels)
 

@@ -27,6 +27,8 @@ class ProxQWeight(FakeQuant):
     straight through the rounding and truly through mean and std. c is learnt if ``learn_c``.
     """
 
+    linear = True
+
     def __init__(self, bits: int, c: float | None = None, learn_c: bool = False, channels: int | None = None) -> None:
         qp = 2 ** (bits - 1) - 1
         super().__init__(bits, -qp, qp)
