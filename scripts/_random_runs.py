@@ -71,6 +71,7 @@ def new_run(settings: dict[str, Any], dataset: data.DataSet, batch: int, stored:
         buffer_size=stored,
         num_epochs=1,
         lr=0.01,  # random labels must not make a long benchmark diverge
+        sched="constant",  # a turn is an epoch's end, where a cosine would leave the weights where they are
         train_batch_size=batch,
         print_freq=10**9,
         checkpoint_seconds=10**9,

@@ -92,7 +92,7 @@ def summary(speeds: dict[str, list[float]], problems: dict[str, str], ready: dic
 
 def heading(machine: dict[str, Any], settings: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    return "\n".join(
+    lines = "\n".join(
         [
             f"- {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['system']}, "
             f"device {machine['device']}, load {machine['load']}",
@@ -100,6 +100,7 @@ def heading(machine: dict[str, Any], settings: dict[str, Any]) -> str:
             f"- {', '.join(f'{name} {value}' for name, value in settings.items())}",
         ]
     )
+    return lines.removesuffix("\n- ")
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -164,6 +165,7 @@ def picture(found: dict[str, Any], out: Path) -> None:
     )
     axis.set_xlabel(f"images/s: median of {settings['rounds']} rounds, least .. largest")
     axis.set_xlim(0, 1.12 * max(most for _, most in found["spread"].values()))
+    axis.margins(y=0.01)
     axis.spines[["top", "right"]].set_visible(False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

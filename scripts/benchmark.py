@@ -131,6 +131,20 @@ def measure(workers: Sequence[Worker], args: Any) -> dict[str, list[float]]:
     return {row: values for row, values in speeds.items() if len(values) == args.rounds}
 
 
+def write(found: dict[str, Any], text: str, args: Any) -> None:
+    """Print the tables; --growth measures its own first. The files that --json and --out name."""
+    if args.growth:
+        import _growth
+
+        more, found["growth"] = _growth.growth(args.model, args.device)
+        text += ("\n" if found.get("rounds") else _report.heading(found["machine"], {}) + "\n\n") + more
+    print(text, flush=True)
+    if args.json:
+        job.write_json(Path(args.json), found)
+    if args.out:
+        checkpoint.write_bytes(Path(args.out), text.encode())
+
+
 def benchmark(args: Any) -> None:
     rows = _contenders.choose(args.rows.split(",")) if args.rows else _contenders.default_rows()
     workers = start_all(rows, args)
@@ -143,12 +157,7 @@ def benchmark(args: Any) -> None:
     problems = {worker.row: worker.problem for worker in workers if worker.problem}
     ready = {worker.row: round(worker.start_seconds, 1) for worker in workers if worker.row in speeds}
     found = _report.summary(speeds, problems, ready, machine, args)
-    text = _report.markdown(found)
-    print(text, flush=True)
-    if args.json:
-        job.write_json(Path(args.json), found)
-    if args.out:
-        checkpoint.write_bytes(Path(args.out), text.encode())
+    write(found, _report.markdown(found), args)
     if args.picture and speeds:
         _report.picture(found, Path(args.picture))
     failed = [row for row, problem in problems.items() if problem.startswith("failed")]
@@ -171,7 +180,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--out", metavar="FILE.md", help="write the table here, too")
     parser.add_argument("--picture", metavar="FILE.png", help="draw the table here (matplotlib)")
-    parser.add_argument("--growth", action="store_true", help="how a step, memory and a task's end grow, instead")
+    parser.add_argument(
+        "--growth", action="store_true", help="how a step, memory and a task's end grow (with --rows besides)"
+    )
     args = parser.parse_args(argv)
     for name, value in (QUICK if args.quick else USUAL).items():
         if getattr(args, name) is None:
@@ -179,10 +190,8 @@ def main(argv: Sequence[str]) -> None:
     registry.model(args.model)  # a name that isn't known is said before anything starts
     if args.picture:
         _report.check_picture(Path(args.picture))
-    if args.growth:
-        import _growth
-
-        return _growth.main(args)
+    if args.growth and not args.rows:  # alone; with --rows or --quick besides
+        return write({"machine": _report.machine(args)}, "", args)
     return benchmark(args)
 
 

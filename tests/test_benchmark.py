@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from lifequant.cli import run_main
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import _contenders
-import _published
-import _report
-import benchmark
-
-from lifequant.cli import run_main
+_contenders, _growth, _published, _report, benchmark = map(
+    importlib.import_module, ("_contenders", "_growth", "_published", "_report", "benchmark")
+)
 
 
 def test_one_command(tmp_path):
@@ -80,3 +80,15 @@ def test_published_rounding():
     (got,) = torch.autograd.grad((out * weights).sum(), w)
     smooth = (((w - w.mean()) / w.std() / 2) * weights).sum()
     torch.testing.assert_close(got, torch.autograd.grad(smooth, w)[0])
+
+
+def test_slope():
+    """numpy's fit of the logarithms; what is quadratic is flagged, what may be noise is not."""
+    sizes, costs = [1.0, 2.0, 8.0, 20.0], [3.0, 5.0, 40.0, 70.0]
+    assert _growth.slope(sizes, costs) == pytest.approx(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+    assert _growth.slope(sizes, [7.0] * 4) == pytest.approx(0)
+    point = {"memory": [1.0], "importance": [1.0], "evaluation": [1.0]}
+    rising = [point | {"step": [n**2, 1.1 * n**2]} for n in sizes]
+    noisy = [point | {"step": [n, 1.15 * n**1.2, 30.0]} for n in sizes]
+    assert _growth.table("batch", [1, 2, 8, 20], rising)[1]["step"]["worse_than_linear"]
+    assert not _growth.table("batch", [1, 2, 8, 20], noisy)[1]["step"]["worse_than_linear"]
