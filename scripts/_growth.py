@@ -31,8 +31,8 @@ from lifequant.errors import UserError
 BASE = {"batch": 64, "width": 1, "tasks": 2, "classes": 10, "replay": 256}
 SIZES = {
     "batch": (32, 64, 128, 256),
-    "width": (1, 2, 4),
-    "tasks": (2, 10, 25, 50),
+    "width": (1, 2, 3),
+    "tasks": (2, 10, 50),
     "classes": (10, 100, 1000),
     "replay": (256, 2048, 20000),
 }
