@@ -41,16 +41,17 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """x: float32 [N, 3, H, W], normalised images -> logits [N, num_classes]."""
+    """x: float32 [N, 3, H, W], normalised images -> logits [N, num_classes]. ``width`` multiplies all channels."""
 
-    def __init__(self, depth: int, num_classes: int, scheme: Scheme, shortcut: str = "A") -> None:
+    def __init__(self, depth: int, num_classes: int, scheme: Scheme, shortcut: str = "A", width: int = 1) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.relu = scheme.conv(3, 16, 3, edge=True), nn.BatchNorm2d(16), scheme.relu()
-        for stage, (cin, cout) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
+        c = 16 * width
+        self.conv1, self.bn1, self.relu = scheme.conv(3, c, 3, edge=True), nn.BatchNorm2d(c), scheme.relu()
+        for stage, (cin, cout) in enumerate(((c, c), (c, 2 * c), (2 * c, 4 * c)), start=1):
             blocks = [Block(cin, cout, 1 + (stage > 1), scheme, shortcut)]
             blocks += [Block(cout, cout, 1, scheme, shortcut) for _ in range((depth - 2) // 6 - 1)]
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-        self.fc = scheme.linear(64, num_classes, edge=True)
+        self.fc = scheme.linear(4 * c, num_classes, edge=True)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

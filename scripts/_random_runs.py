@@ -1,0 +1,148 @@
+"""Real runs (train.Run, start.prepare, train.train_task) on random images in memory, for the scripts that time them.
+
+A step is all that a user's step is: sampling, augmentation, forward, loss, penalty, backward, SGD and the running sums.
+Only the curves and the text log are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+if find_spec("lifequant") is None:  # a bare clone that was not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from lifequant import checkpoint, data, job, options, start, train
+from lifequant.methods.base import Task
+
+CLASSES = 10
+FIRST_STEPS = 2  # steps of the first task: what gathers its importances step by step has gathered some
+
+
+class NoLog:
+    """Stands for log.Log and its writers: whatever a run says goes nowhere."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., NoLog]:
+        return lambda *args, **kwargs: self
+
+
+def random_data(images: Sequence[int], classes: int, tests: int, device: torch.device) -> data.DataSet:
+    """A task for each entry of ``images``, of so many images and of classes of its own; ``tests`` test images each."""
+    noise = torch.Generator().manual_seed(0)
+
+    def labels(task: int, count: int) -> torch.Tensor:
+        first, last = (classes * place // len(images) for place in (task, task + 1))
+        return first + torch.arange(count) % (last - first)
+
+    def store(counts: Sequence[int]) -> tuple[data.Store, list[list[int]]]:
+        pixels = torch.randint(0, 256, (sum(counts), 3, 32, 32), dtype=torch.uint8, generator=noise)
+        every = torch.cat([labels(task, count) for task, count in enumerate(counts)])
+        names = [f"{place:06d}" for place in range(len(every))]
+        rows = [list(part) for part in torch.arange(len(every)).split(list(counts))]
+        return data.Store(names, every.to(device), pixels.to(device)), [[int(row) for row in part] for part in rows]
+
+    training, new = store(images)
+    test, test_rows = store([tests] * len(images))
+    return data.DataSet(
+        prefix="random",
+        class_names=[str(label) for label in range(classes)],
+        ids=list(range(len(images))),
+        train=training,
+        test=test,
+        new=new,
+        held_out=[[] for _ in images],
+        replay_csv=None,
+        test_rows=test_rows,
+    )
+
+
+def new_run(settings: dict[str, Any], dataset: data.DataSet, batch: int, stored: int, folder: str) -> train.Run:
+    """A prepared run of one epoch a task that keeps ``stored`` images for replay."""
+    config = options.make(
+        buffer_size=stored,
+        num_epochs=1,
+        lr=0.01,  # random labels must not make a long benchmark diverge
+        sched="constant",  # a turn is an epoch's end, where a cosine would leave the weights where they are
+        train_batch_size=batch,
+        print_freq=10**9,
+        checkpoint_seconds=10**9,
+        job_dir=folder,
+        **settings,
+    )
+    run = train.Run(config, NoLog(), dataset.train.images.device, dataset)
+    start.prepare(run)
+    return run
+
+
+def begin_task(run: train.Run, place: int) -> Task:
+    """What train.train_all does before a task's first step."""
+    run.place, run.step = place, 0
+    task = run.data.task(place, run.config, run.method)
+    run.optimizer = run.make_optimizer()
+    for hook in run.hooks:
+        hook.begin_task(run.model, task)
+    run.begin_parts(task)
+    return task
+
+
+def end_task(run: train.Run, task: Task) -> None:
+    """What train.train_all does after a task's last step, evaluation apart; a teacher is taken from the checkpoint."""
+    for hook in run.hooks:
+        hook.end_task(run.model, task)
+    if run.teacher is not None:
+        checkpoint.write(job.task_file(run.config.job_dir, task.id), run.state())
+
+
+def to_last_task(run: train.Run) -> Task:
+    """Train the first task for a few steps, then begin the last one, with its replay and importances; no other is run."""
+    task = begin_task(run, 0)
+    if run.num_tasks == 1:
+        return task
+    turn(run, task, FIRST_STEPS)
+    end_task(run, task)
+    if run.teacher is not None:  # the tasks between are not run: this file stands for the last of them
+        checkpoint.write(job.task_file(run.config.job_dir, run.num_tasks - 2), run.state())
+    return begin_task(run, run.num_tasks - 1)
+
+
+def turn(run: train.Run, task: Task, steps: int) -> float:
+    """Seconds of the epoch's last ``steps`` steps."""
+    whole = -(-len(task.pool) // run.config.train_batch_size)
+    run.step = max(whole - steps, 0)
+    device = task.images.device
+    synchronise(device)
+    begin = time.perf_counter()
+    train.train_task(run, task)
+    synchronise(device)
+    return time.perf_counter() - begin
+
+
+def has_penalty(run: train.Run) -> bool:
+    return run.config.penalty != "none" or run.method.holds_down
+
+
+def refuse_no_penalty(run: train.Run) -> None:
+    """After some steps: a penalty that is 0 would not be timed. Raises RuntimeError."""
+    with torch.no_grad():
+        if has_penalty(run) and not run.guard.penalty(run.model) > 0:
+            raise RuntimeError("the penalty is 0: it would not be timed")
+
+
+def compile_run(run: train.Run) -> None:
+    """Compile the step as train.run does."""
+    run.losses = torch.compile(run.compute_losses, dynamic=False)
+    run.teach = run.teacher and torch.compile(run.teacher, dynamic=False)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
