@@ -237,3 +237,20 @@ def test_a_resumed_run_compiles_as_before(tiny, tmp_path, monkeypatch, capsys):
     assert command([*argv, "--resume"]) == 0
     assert "--compile auto: off (as the run began, by its checkpoint)" in capsys.readouterr().out
     same(read(tmp_path / "run"), read(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize(("more", "graphs"), [({"method": "ours"}, 1), ({"method": "replay", "distill": 1}, 2)])
+def test_a_new_task_compiles_nothing_anew(more, graphs, tiny, tmp_path, monkeypatch):
+    """One graph for all tasks, and one of the former task's model where something distils from it."""
+    made, compiler = [], torch.compile
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph
+
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # this backend needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiler(model, backend=backend, dynamic=False))
+    found = train(tiny, tmp_path / "run", compile="on", csv_dir=tiny.csvs3, **more)
+    torch.compiler.reset()
+    assert len(found["tasks"]) == 3 and len(made) == graphs
+    assert found["time_share"]["compile_seconds"] > 0
