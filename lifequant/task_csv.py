@@ -17,7 +17,6 @@ from .errors import UserError, closest
 
 Rows = list[tuple[str, int]]  # (image, label)
 
-_LABEL = re.compile(r"[0-9]{1,9}").fullmatch
 _NAME = re.compile(r"(?P<prefix>.+)_(?P<source>train|test|replay)(?P<task>0|[1-9][0-9]*)?\.csv")
 
 
@@ -93,7 +92,7 @@ def read_rows(path: Path) -> Rows:
             continue
         if len(line) != len(header):
             raise UserError(f"{path}, row {number}: {len(line)} values where the header has {len(header)} columns")
-        if not _LABEL(line[label]):
+        if not re.fullmatch(r"[0-9]{1,9}", line[label]):
             raise UserError(f"{path}, row {number}: the label {line[label]!r} is not a whole number of at least 0")
         if not line[image]:
             raise UserError(f"{path}, row {number}: no image")
