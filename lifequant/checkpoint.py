@@ -26,9 +26,14 @@ SCHEMA = 1
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` by a temporary file in the same folder that replaces ``path`` once it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content(state))
+
+
+def content(state: dict[str, Any]) -> memoryview:
+    """What a checkpoint's file holds."""
     buffer = io.BytesIO()
     torch.save({"schema": SCHEMA, **state}, buffer)
-    write_bytes(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -88,7 +88,8 @@ def means(sums: Tensor) -> dict[str, float]:
 
 def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
     """The means since the last reading: to the curves and the progress bar. Raises UserError where the loss is not finite."""
-    values = means(run.sums)
+    with run.clock.within("step"):  # a GPU has the steps before still to do
+        values = means(run.sums)
     run.sums.zero_()
     refuse_divergence(run, values["loss"])
     speed = run.clock.images_per_second()
@@ -119,7 +120,7 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
 def end_task(run: Run, task: Any) -> None:
     """Evaluate after a task: a row of each matrix, curves, histograms, warnings."""
     history, place = run.history, task.id
-    with run.clock.part("evaluation"):
+    with run.clock.part("evaluation", "evaluation"):
         scores = evaluate(run.model, run.data, run.config.eval_batch_size)
         if run.config.nme:
             exemplars = run.data.stored(place + 1, run.config)
@@ -161,6 +162,8 @@ def end_task(run: Run, task: Any) -> None:
 def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
     """The quantized weights and the weights' steps at the end of each task, from the checkpoints written then."""
     weights, steps = [], []
+    with run.clock.within("checkpoint"):
+        run.writer.wait()
     now = {name: value.clone() for name, value in run.model.state_dict().items()}
     for place in range(run.num_tasks):
         run.model.load_state_dict(checkpoint.read(job.task_file(run.config.job_dir, place), "run", run.device)["model"])
@@ -178,7 +181,8 @@ def assemble(run: Run) -> dict[str, Any]:
     history, data = run.history, run.data
     R = history["top1"]
     x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method)).batch(task.pool[:CODE_IMAGES])
-    codes = code_counts(run.model, x)
+    with run.clock.within("evaluation"):
+        codes = code_counts(run.model, x)
     for name, (quant, _, counts) in codes.items():
         if int((counts > 0).sum()) > 2**quant.bits and not quant.exceeds_bits:
             raise RuntimeError(f"{name} has {int((counts > 0).sum())} codes, more than {quant.bits} bits have")
@@ -225,6 +229,7 @@ def assemble(run: Run) -> dict[str, Any]:
 def finish(run: Run) -> dict[str, Any]:
     """Write model_best.pt and results.json, print the table."""
     run.clock.stop()
+    run.clock.switch("logging")
     results = assemble(run)
     folder = Path(run.config.job_dir)
     model = checkpoint.model_state(run.config, run.model, run.data.class_names)
@@ -238,6 +243,7 @@ def finish(run: Run) -> dict[str, Any]:
         ok = sum(codes <= 2**bits for codes, bits, _ in most)
         run.log.say(f"codes: {ok} of {len(most)} quantized tensors use at most 2^bits values")
     run.log.say(table(results))
+    results["time_share"] = run.clock.time_share()
     job.write_json(folder / "results.json", results)
     return results
 

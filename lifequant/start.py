@@ -27,7 +27,8 @@ def prepare(run: Run) -> None:
     x, _ = first.batch(first.new[torch.linspace(0, len(first.new) - 1, CALIBRATION_IMAGES).long().unique()])
     calibrate(run.model, x)
     if not run.method.joint and run.num_tasks > 1:
-        run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
+        with run.clock.within("evaluation"):
+            run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
     if config.pretrained:
         path = find_source(config)
         if not checkpoint.load_source(path, config, run.model, data.num_classes):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lifequant import checkpoint, data, job, registry, results
 from lifequant.average import WeightAverage
+from lifequant.background import Writer
 from lifequant.clock import Clock
 from lifequant.config import Config
 from lifequant.errors import UserError
@@ -34,7 +35,9 @@ def generator(*purpose: int | str) -> torch.Generator:
 class Run:
     """A run's state: what a checkpoint holds, and what is built anew from the config."""
 
-    def __init__(self, config: Config, log: Log, device: torch.device, dataset: data.DataSet) -> None:
+    def __init__(
+        self, config: Config, log: Log, device: torch.device, dataset: data.DataSet, began: float | None = None
+    ) -> None:
         self.config, self.log, self.device, self.data = config, log, device, dataset
         self.model = checkpoint.build(config, dataset.num_classes).to(device)
         self.method: LifelongMethod = registry.method(config.method)(config)
@@ -59,7 +62,9 @@ class Run:
         self.epoch_sums = torch.zeros(5, device=device)  # since the epoch's begin
         self.best: dict[str, Any] = {}  # of the task, with --val_fraction
         self.history = results.new_history()
-        self.clock = Clock(self.history)
+        self.clock = Clock(self.history, began)
+        self.writer = Writer()
+        self.compiled = False  # as decided at the run's begin
         self.losses = self.compute_losses
 
     def make_optimizer(self) -> torch.optim.SGD:
@@ -91,6 +96,7 @@ class Run:
         seen = torch.bincount(task.labels[task.pool], minlength=len(task.known)) > 0
         self.known_share.copy_(task.known.sum() / (task.known | seen).sum())
         if self.teacher is not None and task.id > 0:
+            self.writer.wait()
             former = checkpoint.read(job.task_file(self.config.job_dir, task.id - 1), "run", self.device)
             self.teacher.load_state_dict(former["model"])
 
@@ -123,6 +129,7 @@ class Run:
             "best": self.best,
             "history": self.history,
             "warnings": self.log.warnings,
+            "compiled": self.compiled,
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
@@ -131,7 +138,7 @@ class Run:
         checkpoint.load_strictly(path, self.model, state["model"])
         self.place, self.step, self.best = state["place"], state["step"], state["best"]
         self.history, self.log.warnings = state["history"], list(state["warnings"])
-        self.clock = Clock(self.history)
+        self.clock = Clock(self.history, self.clock.since)
         self.sums.copy_(state["sums"])
         self.epoch_sums.copy_(state["epoch_sums"])
         self.optimizer.load_state_dict(state["optimizer"])

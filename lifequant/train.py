@@ -6,6 +6,7 @@ it: the task and the number of steps done. A run that is killed and resumed draw
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lifequant import checkpoint, data, job, registry, results, start
+from lifequant import data, job, registry, results, start
 from lifequant.augment import crop_and_flip, normalise
 from lifequant.average import WeightAverage
 from lifequant.config import Config
@@ -48,7 +49,8 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     for group in optimizer.param_groups:
         group["lr"] = factor * group["highest_lr"]
     optimizer.zero_grad()  # before the forward: a CUDA graph takes back the memory of the former step's gradients
-    torch.compiler.cudagraph_mark_step_begin()
+    if run.compiled and run.device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
     logits, task_loss, penalty = run.losses(run.with_teacher(batch))
     penalty = run.config.ll_lambda * penalty
     (task_loss + penalty).backward()
@@ -70,6 +72,7 @@ def compile_step(run: Run) -> None:
     """Forward, losses and penalty as one compiled graph; on a GPU as CUDA graphs, which take a launch each instead of
     hundreds."""
     torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
+    run.compiled = True
     mode = "reduce-overhead" if run.device.type == "cuda" else None
     run.losses = torch.compile(run.compute_losses, dynamic=False, mode=mode)
     run.teach = run.teacher and torch.compile(run.teacher, dynamic=False, mode=mode)
@@ -90,6 +93,7 @@ def train_task(run: Run, task: Task) -> None:
     )
     run.model.train()
     while run.step < steps:
+        run.clock.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
         if index == 0 or order is None:
             order = epoch_order(
@@ -97,11 +101,13 @@ def train_task(run: Run, task: Task) -> None:
             ).to(run.device)
         batch = make_batch(task, order, index, size, generator(config.seed, "augment", task.id, run.step))
         factor = lr_factor(config, run.step, steps_per_epoch)
+        run.clock.switch("step")
         sums = training_step(run, batch, factor)
         run.sums += sums
         run.epoch_sums = sums if index == 0 else run.epoch_sums + sums
         run.step += 1
         run.clock.step(size)
+        run.clock.switch("logging")
         bar.update()
         if run.step % config.print_freq == 0 or run.step == steps:
             results.read_window(run, curves, bar, config.lr * factor)
@@ -125,7 +131,8 @@ def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
     now = {name: value.clone() for name, value in run.model.state_dict().items()}
     if run.average:
         run.model.load_state_dict(run.average.averaged_state(run.model))
-    top1 = validation_top1(run.model, run.data.train, rows, run.config.eval_batch_size)
+    with run.clock.within("evaluation"):
+        top1 = validation_top1(run.model, run.data.train, rows, run.config.eval_batch_size)
     curves.add_scalar("accuracy/validation_top1", top1, run.step)
     if not run.best or top1 > run.best["top1"]:
         weights = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -146,32 +153,40 @@ def finish_training(run: Run, task: Task) -> None:
     elif run.average:
         model.load_state_dict(run.average.averaged_state(model))
     if config.bn_reestimate:
-        with run.clock.part("bn_reestimate"):
+        with run.clock.part("bn_reestimate", "step"):
             order = torch.randperm(len(task.pool), generator=generator(config.seed, "bn", task.id))
             rows = task.pool[order[: config.bn_reestimate * config.train_batch_size].to(task.pool.device)]
             reestimate_bn(model, (task.batch(part)[0] for part in rows.split(config.train_batch_size)))
     if config.head_epochs:
-        with run.clock.part("head"):
+        with run.clock.part("head", "step"):
             noise = generator(config.seed, "head", task.id)
             train_head(model, task, config.head_epochs, config.train_batch_size, config.lr, noise)
 
 
-def save(run: Run) -> None:
-    """Write checkpoint/last.pt; TensorBoard's curves are on disk before it, so that none has a gap after a resumption."""
-    run.log.flush()
-    checkpoint.write(Path(run.config.job_dir) / "checkpoint" / "last.pt", run.state())
+def save(run: Run, *first: Path) -> None:
+    """Write checkpoint/last.pt, after ``first``, in the background.
+
+    TensorBoard's curves are on disk before it, so that none has a gap after a resumption.
+    """
+    with run.clock.within("step"):
+        run.sums.cpu()  # the copy of the state waits for the steps that a GPU has still to do, which is their time
+    with run.clock.within("checkpoint"):
+        run.log.flush()
+        run.writer.write(run.state(), *first, Path(run.config.job_dir) / "checkpoint" / "last.pt")
 
 
 def train_all(run: Run) -> None:
     """The task loop."""
+    run.clock.switch("other")
     while run.place < run.num_tasks:
-        task = run.data.task(run.place, run.config, run.method)
+        with run.clock.within("data"):
+            task = run.data.task(run.place, run.config, run.method)
         task.warn = run.log.warn
         if run.step == 0:
             run.optimizer = run.make_optimizer()
             run.sums.zero_()
             run.steps.bounded_updates.zero_()
-            with run.clock.part("method"):
+            with run.clock.part("method", "method"):
                 for hook in run.hooks:
                     hook.begin_task(run.model, task)
             if run.oscillations:
@@ -184,17 +199,18 @@ def train_all(run: Run) -> None:
         with run.clock.part("training"):
             train_task(run, task)
         finish_training(run, task)
-        with run.clock.part("method"):
+        with run.clock.part("method", "method"):
             for hook in run.hooks:
                 hook.end_task(run.model, task)
-        results.end_task(run, task)
+        with run.clock.within("logging"):
+            results.end_task(run, task)
         run.place, run.step = run.place + 1, 0
-        checkpoint.write(job.task_file(run.config.job_dir, run.place - 1), run.state())
-        save(run)
+        save(run, job.task_file(run.config.job_dir, task.id))
 
 
 def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Train as ``config`` says; leaves config.json, results.json, checkpoints and curves in job_dir. Raises UserError."""
+    began = time.perf_counter()
     device = pick_device(config)
     log = Log()
     try:
@@ -206,7 +222,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         if state and state["place"] == num_tasks and (finished := results.read(Path(config.job_dir))):
             log.say(f"{config.job_dir}: this run is finished\n{table(finished)}")
             return finished
-        this = Run(config, log, device, dataset)
+        this = Run(config, log, device, dataset, began)
         if state:
             path = job.resumed_from(config)
             this.load(state, path)
@@ -220,9 +236,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         if this.method.regulariser and config.replay_rate == 0 and config.buffer_size is None and num_tasks > 1:
             log.say(ALONE.format(config.method))
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
-        if wants_compile(config, device, total, log.say):
+        if wants_compile(config, device, total, log.say, state and state.get("compiled")):
             compile_step(this)
-        with deterministic(config.deterministic, device):
+        with this.writer, deterministic(config.deterministic, device):
             train_all(this)
             return results.finish(this)
     finally:

@@ -103,7 +103,7 @@ def build(args: dict[str, Any], folder: str) -> Callable[[int], float]:
         run.model = model.to(device, memory_format=torch.channels_last)
     task = runs.to_last_task(run)
     if compiled:
-        runs.compile_run(run)
+        train.compile_step(run)
     runs.turn(run, task, WARM_UP_STEPS)
     runs.refuse_no_penalty(run)
     return lambda steps: runs.turn(run, task, steps)

@@ -137,12 +137,6 @@ def refuse_no_penalty(run: train.Run) -> None:
             raise RuntimeError("the penalty is 0: it would not be timed")
 
 
-def compile_run(run: train.Run) -> None:
-    """Compile the step as train.run does."""
-    run.losses = torch.compile(run.compute_losses, dynamic=False)
-    run.teach = run.teacher and torch.compile(run.teacher, dynamic=False)
-
-
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-TIMES = ("seconds", "seconds_by_part", "images_per_second", "timed_seconds", "timed_images")
+TIMES = (
+    "seconds", "seconds_by_part", "seconds_by_kind", "time_share", "images_per_second", "timed_seconds", "timed_images",
+)  # fmt: skip
 MAY_DIFFER = (*TIMES, "job_dir", "resume", "checkpoint_seconds", "commit")  # someone may commit while a test runs
 
 
