@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lifequant import checkpoint, data, job, registry, results, start
-from lifequant.augment import crop_and_flip, normalise
+from lifequant.augment import normalise
 from lifequant.average import WeightAverage
 from lifequant.config import Config
 from lifequant.device import pick_device, wants_compile
@@ -36,9 +36,10 @@ ALONE = (
 
 def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Generator) -> Batch:
     """Batch ``index`` of an epoch, augmented on the device. The last one is filled up from the epoch's begin."""
-    places = order[torch.arange(index * size, (index + 1) * size) % len(order)].to(task.images.device)
-    rows = task.pool[places]
-    images = crop_and_flip(task.images[rows], noise)
+    places = order[torch.arange(index * size, (index + 1) * size) % len(order)].to(task.near.device)
+    rows = task.near[places]
+    images = task.augment(task.take(rows), noise)
+    places, rows = places.to(images.device), rows.to(images.device)
     return Batch(normalise(images), task.labels[rows], places >= len(task.new), rows)
 
 
