@@ -85,10 +85,19 @@ class Config:
     cache_dir: str | None = flag(
         None, DATA, "decoded images are kept here (default: the user's cache folder)", path=True
     )
+    cache: str = flag("auto", DATA, "decoded images: held in memory, or read from their file batch by batch (mmap); "
+                      "auto: mmap where they take more than half of the memory available",
+                      choices=["memory", "mmap", "auto"], free=True)  # fmt: skip
     num_tasks: int | None = flag(None, DATA, "tasks to run (default: as many as there are CSVs)", type=whole(1))
     task_id: int | None = flag(None, DATA, "run this task alone", type=whole(0))
     num_classes: int | None = flag(None, DATA, "outputs of the head (default: as the data set has)", type=whole(2))
     image_size: int = flag(32, DATA, "images are scaled and cut to this many pixels a side", type=whole(8))
+    augment: str = flag("auto", DATA, "training images: shifted by up to 4 pixels (crop), or a part of random size and shape "
+                        "scaled up (resized_crop), and mirrored; auto: crop up to 64 pixels a side",
+                        choices=["auto", "crop", "resized_crop"])  # fmt: skip
+    crop_scale: float = flag(
+        0.35, DATA, "resized_crop: the smallest part, as a share of the image's area (timm: 0.08)", type=share
+    )
     lt_gamma: float = flag(1.0, DATA, "long tail: imbalance ratio of the training classes", type=real(1))
     val_fraction: float = flag(0.0, DATA, "share of the training images held out to choose an epoch", type=rate)
     replay_rate: float | None = flag(None, DATA, "share of each old task's images stored, 0.2 or 20; 0: none "

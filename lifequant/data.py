@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from lifequant import dataset_json
+from lifequant.augment import augmentation
 from lifequant.config import REPLAY_RATE, Config
 from lifequant.errors import UserError, closest
 from lifequant.files import TOP, find_folder, prepare_command
-from lifequant.images import default_cache_dir, load_images, missing_images
+from lifequant.images import default_cache_dir, file_stats, load_images
+from lifequant.memory import choose_place
 from lifequant.methods.base import LifelongMethod, Task
 from lifequant.replay import stored_rows
 from lifequant.split import long_tail, lowest, share_of_each
@@ -27,7 +30,7 @@ class Store:
 
     paths: list[str]
     labels: Tensor  # int64 [N]
-    images: Tensor  # uint8 [N, 3, H, W]
+    images: Tensor  # uint8 [N, 3, H, W], where memory.choose_place says: rows of it by memory.take
 
 
 @dataclass
@@ -67,7 +70,7 @@ class DataSet:
         new = sorted(set().union(*self.new)) if method.joint else self.new[place]
         past = [] if method.joint else self.new[:place]
         stored = [] if method.joint else self.stored(place, config)
-        here, device = set(new), self.train.images.device
+        here, device = set(new), self.train.labels.device
 
         def rows(values: Sequence[int]) -> Tensor:
             return torch.tensor(sorted(values), dtype=torch.int64, device=device)
@@ -83,6 +86,7 @@ class DataSet:
             num_classes=self.num_classes,
             batch_size=config.train_batch_size,
             stored=len(stored),
+            augment=augmentation(config),
         )
 
 
@@ -130,11 +134,22 @@ def load(config: Config, device: torch.device, say: Callable[[str], None]) -> Da
     root = _image_root(config, record, folder, prefix)
     train = sorted(set().union(*new, *held_out))
     test = sorted({image for t in ids for image, _ in tests[t]})
-    _check_images(root, sorted({*train, *test}), prefix, say)
+    stats = _checked_images(root, sorted({*train, *test}), prefix)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    where = choose_place(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
 
     def store(paths: list[str], kind: str) -> Store:
-        images = load_images(root, paths, config.image_size, cache, f"{prefix}-{kind}", say).to(device)
+        images = load_images(
+            root,
+            paths,
+            config.image_size,
+            cache,
+            f"{prefix}-{kind}",
+            say,
+            where.mapped,
+            [stats[path] for path in paths],
+        )
+        images = images.to(device) if where.resident else images
         return Store(paths, torch.tensor([label_of[p] for p in paths], device=device), images)
 
     place = {path: i for i, path in enumerate(train)}
@@ -264,11 +279,13 @@ def _image_root(config: Config, record: dict, folder: Path, prefix: str) -> Path
     return (TOP or Path.cwd()) / "data_dir" / prefix
 
 
-def _check_images(root: Path, paths: list[str], prefix: str, say) -> None:
-    missing = missing_images(root, paths)
+def _checked_images(root: Path, paths: list[str], prefix: str) -> dict[str, os.stat_result]:
+    stats = dict(zip(paths, file_stats(root, paths), strict=True))
+    missing = [path for path in paths if stats[path] is None]
     if missing:
         command = prepare_command(prefix, str(root))
         raise UserError(
             f"{len(missing)} of {len(paths)} images are missing in {root} (first: {missing[0]}): name their folder by --data_dir, "
             f"or make them: {command}"
         )
+    return stats

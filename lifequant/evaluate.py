@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lifequant.augment import normalise
 from lifequant.data import DataSet, Store
+from lifequant.memory import take
 from lifequant.metrics import hits
 from lifequant.quantizers.layers import no_rounding
 
@@ -28,14 +29,14 @@ def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> 
     """float32 [len(rows), C], in eval mode, images not augmented."""
     training = model.training
     model.eval()
-    parts = [model(normalise(store.images[part])) for part in rows.split(batch_size)]
+    parts = [model(normalise(take(store.images, part, rows.device))) for part in rows.split(batch_size)]
     model.train(training)
     return torch.cat(parts)
 
 
 def evaluate(model: nn.Module, data: DataSet, batch_size: int, with_error: bool = True) -> Scores:
     """Score on the test set of every task. Each test image is seen once, however many tasks it belongs to."""
-    store, device = data.test, data.test.images.device
+    store, device = data.test, data.test.labels.device
     every = torch.arange(len(store.paths), device=device)
     logits = logits_of(model, store, every, batch_size)
     shift = torch.zeros(len(every), device=device)
@@ -57,6 +58,6 @@ def evaluate(model: nn.Module, data: DataSet, batch_size: int, with_error: bool 
 
 def validation_top1(model: nn.Module, store: Store, rows: list[int], batch_size: int) -> float:
     """Percent, on held-out training images."""
-    places = torch.tensor(rows, device=store.images.device)
+    places = torch.tensor(rows, device=store.labels.device)
     logits = logits_of(model, store, places, batch_size)
     return 100 * (logits.argmax(1) == store.labels[places]).double().mean().item()

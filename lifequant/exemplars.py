@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lifequant.augment import normalise
 from lifequant.data import DataSet, Store
+from lifequant.memory import take
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -65,7 +66,7 @@ def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], 
 
     Each test image is passed once, however many tasks it belongs to. Raises ValueError for no exemplar.
     """
-    device = data.test.images.device
+    device = data.test.labels.device
     rows = torch.as_tensor(rows, dtype=torch.int64, device=device)
     if not len(rows):
         raise ValueError("nearest mean of exemplars: there is no exemplar")
@@ -78,4 +79,4 @@ def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], 
 
 
 def _of_store(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
-    return features(model, (normalise(store.images[part]) for part in rows.split(batch_size)))
+    return features(model, (normalise(take(store.images, part, rows.device)) for part in rows.split(batch_size)))

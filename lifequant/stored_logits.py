@@ -27,8 +27,8 @@ class StoredLogits:
         """
         shape = (len(task.images), task.num_classes)
         if self.table is None or self.table.shape != shape:
-            self.table = torch.zeros(shape, dtype=torch.float16, device=task.images.device)
-            self.held = torch.zeros(len(task.images), dtype=torch.bool, device=task.images.device)
+            self.table = torch.zeros(shape, dtype=torch.float16, device=task.labels.device)
+            self.held = torch.zeros(len(task.images), dtype=torch.bool, device=task.labels.device)
         if again or not task.rows_last:
             self.held.zero_()
         kept = torch.zeros_like(self.held)

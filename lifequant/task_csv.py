@@ -92,7 +92,7 @@ def read_rows(path: Path) -> Rows:
             continue
         if len(line) != len(header):
             raise UserError(f"{path}, row {number}: {len(line)} values where the header has {len(header)} columns")
-        if not re.fullmatch(r"[0-9]{1,9}", line[label]):
+        if not (line[label].isascii() and line[label].isdigit() and len(line[label]) <= 9):
             raise UserError(f"{path}, row {number}: the label {line[label]!r} is not a whole number of at least 0")
         if not line[image]:
             raise UserError(f"{path}, row {number}: no image")

@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lifequant import data, job, registry, results, start
-from lifequant.augment import crop_and_flip, normalise
+from lifequant.augment import normalise
 from lifequant.average import WeightAverage
 from lifequant.config import Config
 from lifequant.device import deterministic, pick_device, wants_compile
 from lifequant.evaluate import validation_top1
 from lifequant.head import train_head
 from lifequant.log import Log, table
+from lifequant.memory import send
 from lifequant.methods.base import Batch, Task
 from lifequant.replay import epoch_order
 from lifequant.schedule import lr_factor
@@ -38,8 +39,9 @@ ALONE = (
 def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Generator) -> Batch:
     """Batch ``index`` of an epoch, augmented on the device. The last one is filled up from the epoch's begin."""
     places = order[torch.arange(index * size, (index + 1) * size, device=order.device) % len(order)]
-    rows = task.pool[places]
-    images = crop_and_flip(task.images[rows], noise)
+    rows = task.near[places]
+    images = task.augment(task.take(rows), noise)
+    places, rows = send(places, images.device), send(rows, images.device)
     return Batch(normalise(images), task.labels[rows], places >= len(task.new), rows)
 
 
@@ -98,7 +100,7 @@ def train_task(run: Run, task: Task) -> None:
         if index == 0 or order is None:
             order = epoch_order(
                 task.labels[task.pool], task.counts, config.sampler, generator(config.seed, "order", task.id, epoch)
-            ).to(run.device)
+            ).to(task.near.device)
         batch = make_batch(task, order, index, size, generator(config.seed, "augment", task.id, run.step))
         factor = lr_factor(config, run.step, steps_per_epoch)
         run.clock.switch("step")

@@ -73,7 +73,7 @@ def build(args: dict[str, Any], folder: str) -> Callable[[int], float]:
     """A function that trains for so many steps and returns the seconds they took. Raises Skipped."""
     import torch
 
-    from lifequant import options
+    from lifequant import options, train
     from lifequant.device import pick_device, wants_compile
 
     row, batch = args["row"], args["batch"]

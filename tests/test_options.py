@@ -152,8 +152,8 @@ def test_inert_flags_say_so_once():
 
 
 FLAGS = {
-    "data": """csv_dir dataset data_dir cache_dir num_tasks task_id num_classes image_size lt_gamma val_fraction
-        replay_rate buffer_size""",
+    "data": """csv_dir dataset data_dir cache_dir cache num_tasks task_id num_classes image_size augment crop_scale lt_gamma
+        val_fraction replay_rate buffer_size""",
     "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda distill
         distill_temperature ema head_epochs nme""",
     "model and quantizer": """arch target_model source_model shortcut quantizer act_quantizer bitW abitW first_last_bits

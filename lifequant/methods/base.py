@@ -13,8 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lifequant.augment import normalise
+from lifequant.augment import crop_and_flip, normalise
 from lifequant.losses import LOSSES
+from lifequant.memory import take
 
 
 class Batch(NamedTuple):
@@ -44,19 +45,26 @@ class Task:
     batch_size: int
     stored: int = 0  # images in the replay store, those that ``new`` has as well included
     warn: Callable[[str], None] = field(default=lambda text: None)
+    augment: Callable[[Tensor, torch.Generator], Tensor] = crop_and_flip  # uint8 [N, 3, H, W] -> the same
     rows_last: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
+    near: Tensor = field(init=False)  # ``pool`` on the device of the images, which needn't be that of all else
     counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
     known: Tensor = field(init=False)  # bool [C], classes of former tasks
 
     def __post_init__(self) -> None:
         self.pool = torch.cat([self.new, self.replay])
+        self.near = self.pool.to(self.images.device)
         self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
         self.known = torch.bincount(self.labels[self.past], minlength=self.num_classes) > 0
 
+    def take(self, rows: Tensor) -> Tensor:
+        """These rows of the images, on the task's device."""
+        return take(self.images, rows, self.labels.device)
+
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
-        x = self.images[rows]
+        x = self.take(rows)
         return normalise(x) if x.dtype == torch.uint8 else x, self.labels[rows]
 
 

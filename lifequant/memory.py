@@ -1,0 +1,121 @@
+"""Where decoded images live (memory, the mapped cache file, the GPU), and rows of them on the device of a run.
+
+Images are one uint8 tensor wherever they live, and ``take`` is the one way to rows of it: what a run computes does not
+depend on the place.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+SHARE = 0.5  # of the memory that is available: images that take more than this are not held in it
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Place(NamedTuple):
+    """Where a run's images live."""
+
+    mapped: bool  # read from the cache file batch by batch, instead of held in memory
+    resident: bool  # on the run's device; False: rows are copied there batch by batch
+
+
+def choose_place(cache: str, nbytes: int, device: torch.device, say: Callable[[str], None]) -> Place:
+    """``--cache`` for ``nbytes`` of decoded images: memory, mmap, or auto, by the rule of ``SHARE``; a choice that isn't
+    the usual one is said."""
+    resident = True
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        resident = cache != "mmap" and nbytes <= SHARE * free
+        if not resident and cache != "mmap":
+            say(
+                f"the images take {nbytes / 1e9:.1f} GB decoded, more than half of the GPU's {free / 1e9:.1f} GB free: "
+                "each batch is copied there"
+            )
+    mapped = cache == "mmap"
+    available = available_bytes()
+    if cache == "auto" and available is not None and nbytes > SHARE * available:
+        mapped = True
+        say(
+            f"--cache auto: mmap (the images take {nbytes / 1e9:.1f} GB decoded, more than half of the "
+            f"{available / 1e9:.1f} GB of memory available)"
+        )
+    return Place(mapped, resident)
+
+
+def available_bytes() -> int | None:
+    """Memory that may still be taken, a container's limit (cgroup v2 or v1) included; off Linux all there is; None: unknown."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(1024 * int(line.split()[1]))
+    except OSError:
+        pass
+    for folder, limit, usage, cached in (
+        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, used = (int((folder / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            found.append(most - used + int(stat[cached]))
+        except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
+            pass
+    if not found:
+        try:
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (AttributeError, OSError, ValueError):
+            return None
+    return max(0, min(found))
+
+
+def map_images(file: BinaryIO, offset: int, shape: tuple[int, ...]) -> Tensor:
+    """uint8 ``shape``, the bytes of ``file`` from ``offset`` on, read when they are looked at. Must not be written to.
+
+    The mapping is shared and read-only: a private, writable one counts as memory, and one larger than memory is refused.
+    """
+    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors, and says so
+        images = torch.frombuffer(mapping, dtype=torch.uint8, offset=offset).view(shape)
+    images.mapping = mapping, offset
+    return images
+
+
+def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """``images[rows]`` on ``device``, a copy. ``rows`` int64 [N], best on the images' device: else they are waited for."""
+    mapping = getattr(images, "mapping", None)
+    rows = rows.to(images.device)
+    if mapping is not None:
+        _read_ahead(*mapping, rows.tolist(), images[0].nbytes)
+    found = images[rows]
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        # Else the process seems to hold what it has read. The pages stay in the system's cache as long as there is room.
+        mapping[0].madvise(mmap.MADV_DONTNEED)
+    return send(found, device)
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``. From the CPU to a GPU by pinned memory, which torch keeps until the copy is done: the copy
+    runs in the GPU's queue, and nothing waits."""
+    if values.device == device:
+        return values
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def _read_ahead(mapping: mmap.mmap, offset: int, rows: list[int], nbytes: int) -> None:
+    """Ask for all rows at once: a disk is faster so than when each page is waited for."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    for row in rows:
+        start = offset + row * nbytes
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_WILLNEED, first, start + nbytes - first)
