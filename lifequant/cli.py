@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -60,8 +61,22 @@ class Parser(argparse.ArgumentParser):
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """The exit code of ``main(argv)``: 2 after a user's mistake or what the file system refuses, 130 after Ctrl-C."""
     try:
+        return _run(main, sys.argv[1:] if argv is None else argv)
+    except BaseException:  # a fault of our own, or an exit
+        _let_the_first_speak()
+        raise
+
+
+def _let_the_first_speak() -> None:
+    """One of several processes (torchrun) that fail alike waits to be ended with the first, which says what is wrong."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+
+
+def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    try:
         try:
-            return main(sys.argv[1:] if argv is None else argv) or 0
+            return main(argv) or 0
         finally:
             sys.stdout.flush()
     except UserError as error:
@@ -77,6 +92,7 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
             raise
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror}{where}"
+    _let_the_first_speak()
     print(f"lifequant: error: {one_line(message)}", file=sys.stderr)
     return 2
 

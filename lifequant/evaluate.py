@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lifequant import distributed
 from lifequant.augment import normalise
 from lifequant.data import DataSet, Store
 from lifequant.memory import take
@@ -29,9 +30,10 @@ def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> 
     """float32 [len(rows), C], in eval mode, images not augmented."""
     training = model.training
     model.eval()
-    parts = [model(normalise(take(store.images, part, rows.device))) for part in rows.split(batch_size)]
+    parts = distributed.own(rows.split(batch_size))
+    found = {place: model(normalise(take(store.images, part, rows.device))) for place, part in parts}
     model.train(training)
-    return torch.cat(parts)
+    return distributed.gathered(found, rows.device)
 
 
 def evaluate(model: nn.Module, data: DataSet, batch_size: int, with_error: bool = True) -> Scores:

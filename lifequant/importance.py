@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from lifequant import distributed
 from lifequant.quantizers.layers import QuantConv2d, fake_quants, weight_layers
 
 CHUNK = 32  # images whose gradients are held at a time
@@ -79,10 +80,12 @@ def image_means(
     count = 0
     with evaluating(model):
         for x, y in batches:
-            for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-                count += len(images)
+            count += len(x)
+            for _, (images, labels) in distributed.own(list(zip(x.split(CHUNK), y.split(CHUNK), strict=True))):
                 for name, g in gradients(weights, images, labels).items():
                     total[name] += measure(g).sum(0)
+    for value in total.values():
+        distributed.total(value)
     return {name: value / count for name, value in total.items()}
 
 

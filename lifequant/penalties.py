@@ -186,6 +186,7 @@ class ProxQFunction(LifelongMethod):
     """
 
     holds_down = True
+    splits = False  # a mean over the batch's replay images alone
     default_lambda = 0.5
 
     def __init__(self, config: Any) -> None:

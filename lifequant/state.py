@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant import checkpoint, data, job, registry, results
+from lifequant import checkpoint, data, distributed, job, registry, results
 from lifequant.average import WeightAverage
 from lifequant.background import Writer
 from lifequant.clock import Clock
@@ -39,7 +39,7 @@ class Run:
         self, config: Config, log: Log, device: torch.device, dataset: data.DataSet, began: float | None = None
     ) -> None:
         self.config, self.log, self.device, self.data = config, log, device, dataset
-        self.model = checkpoint.build(config, dataset.num_classes).to(device)
+        self.model = distributed.synchronised(checkpoint.build(config, dataset.num_classes).to(device), device)
         self.method: LifelongMethod = registry.method(config.method)(config)
         self.guard = PENALTIES[config.penalty](config) if config.penalty != "none" else self.method
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
@@ -130,11 +130,16 @@ class Run:
             "history": self.history,
             "warnings": self.log.warnings,
             "compiled": self.compiled,
+            "processes": distributed.world_size(),
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         if state["data_key"] != self.data_key:
             raise UserError(f"{path}: it was trained on other images or tasks than the task CSVs name now")
+        if state["processes"] != distributed.world_size():
+            raise UserError(
+                f"{path}: its run had {state['processes']} processes, now there are {distributed.world_size()}: go on with as many"
+            )
         checkpoint.load_strictly(path, self.model, state["model"])
         self.place, self.step, self.best = state["place"], state["step"], state["best"]
         self.history, self.log.warnings = state["history"], list(state["warnings"])

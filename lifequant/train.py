@@ -6,6 +6,8 @@ it: the task and the number of steps done. A run that is killed and resumed draw
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lifequant import data, job, registry, results, start
+from lifequant import data, distributed, job, registry, results, start
 from lifequant.augment import normalise
 from lifequant.average import WeightAverage
 from lifequant.config import Config
@@ -56,6 +58,7 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     logits, task_loss, penalty = run.losses(run.with_teacher(batch))
     penalty = run.config.ll_lambda * penalty
     (task_loss + penalty).backward()
+    distributed.average_gradients(model)
     for hook in run.hooks:
         hook.after_backward(model)
     with torch.no_grad():
@@ -67,7 +70,7 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
             run.oscillations.after_step(model)
         if run.average:
             run.average.update(model)
-        return results.step_sums(logits, batch.y, task_loss, penalty)
+        return distributed.total(results.step_sums(logits, batch.y, task_loss, penalty))
 
 
 def compile_step(run: Run) -> None:
@@ -75,7 +78,8 @@ def compile_step(run: Run) -> None:
     hundreds."""
     torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
     run.compiled = True
-    mode = "reduce-overhead" if run.device.type == "cuda" else None
+    alone = distributed.world_size() == 1  # SyncBatchNorm's messages are no part of a CUDA graph
+    mode = "reduce-overhead" if run.device.type == "cuda" and alone else None
     run.losses = torch.compile(run.compute_losses, dynamic=False, mode=mode)
     run.teach = run.teacher and torch.compile(run.teacher, dynamic=False, mode=mode)
 
@@ -83,7 +87,7 @@ def compile_step(run: Run) -> None:
 def train_task(run: Run, task: Task) -> None:
     """Train on one task, from ``run.step`` steps on."""
     config = run.config
-    size = min(config.train_batch_size, len(task.pool))
+    size = distributed.batch_size(min(config.train_batch_size, len(task.pool)))
     steps_per_epoch = -(-len(task.pool) // size)
     steps = config.num_epochs * steps_per_epoch
     first = run.step + 1 if run.step else 0  # what was written at the checkpoint's own step is kept
@@ -91,7 +95,12 @@ def train_task(run: Run, task: Task) -> None:
     order = None
     run.clock.begin_task()
     bar = tqdm(
-        total=steps, initial=run.step, desc=f"task {run.data.ids[task.id]}", unit=" steps", leave=False, disable=None
+        total=steps,
+        initial=run.step,
+        desc=f"task {run.data.ids[task.id]}",
+        unit=" steps",
+        leave=False,
+        disable=distributed.rank() > 0 or None,
     )
     run.model.train()
     while run.step < steps:
@@ -104,7 +113,7 @@ def train_task(run: Run, task: Task) -> None:
         batch = make_batch(task, order, index, size, generator(config.seed, "augment", task.id, run.step))
         factor = lr_factor(config, run.step, steps_per_epoch)
         run.clock.switch("step")
-        sums = training_step(run, batch, factor)
+        sums = training_step(run, distributed.share(batch), factor)
         run.sums += sums
         run.epoch_sums = sums if index == 0 else run.epoch_sums + sums
         run.step += 1
@@ -204,6 +213,7 @@ def train_all(run: Run) -> None:
         with run.clock.part("method", "method"):
             for hook in run.hooks:
                 hook.end_task(run.model, task)
+        distributed.check_agreement(run.model)
         with run.clock.within("logging"):
             results.end_task(run, task)
         run.place, run.step = run.place + 1, 0
@@ -214,17 +224,24 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Train as ``config`` says; leaves config.json, results.json, checkpoints and curves in job_dir. Raises UserError."""
     began = time.perf_counter()
     device = pick_device(config)
-    log = Log()
-    try:
+    distributed.join(device)
+    log, folder = Log(), Path(config.job_dir)
+    with contextlib.ExitStack() as stack:
+        if distributed.rank() > 0:
+            config = distributed.follow(config, stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.callback(log.close)
         for line in notes:
             log.say(line)
-        dataset = data.load(config, device, log.say)
+        dataset = distributed.one_first(lambda: data.load(config, device, log.say))
         state = job.check(config, log.say)
         num_tasks = 1 if registry.method(config.method).joint else len(dataset.ids)
-        if state and state["place"] == num_tasks and (finished := results.read(Path(config.job_dir))):
-            log.say(f"{config.job_dir}: this run is finished\n{table(finished)}")
+        if state and state["place"] == num_tasks and (finished := results.read(folder)):
+            log.say(f"{folder}: this run is finished\n{table(finished)}")
             return finished
         this = Run(config, log, device, dataset, began)
+        distributed.check(
+            config, this.method.splits and this.guard.splits, f"{config.method}, penalty {config.penalty}"
+        )
         if state:
             path = job.resumed_from(config)
             this.load(state, path)
@@ -240,8 +257,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         total = sum(len(rows) for rows in dataset.new) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say, state and state.get("compiled")):
             compile_step(this)
+        distributed.barrier()  # nobody reads any more what the first is about to write
         with this.writer, deterministic(config.deterministic, device):
             train_all(this)
-            return results.finish(this)
-    finally:
-        log.close()
+            found = results.finish(this)
+        distributed.barrier()  # what a next run begins from is there
+        return found

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import TIMES
 from PIL import Image
 from tiny import SIDE, Tiny, arguments, settings, train
 from torchvision.transforms import functional as reference
@@ -58,7 +59,7 @@ def test_runs_of_a_mapped_cache(tiny, tmp_path):
         flags = {"method": "derpp", "nme": True, "num_epochs": 1, "cache": cache}
         found = train(tiny, tmp_path / cache, **flags)
         state = torch.load(tmp_path / cache / "model_best.pt", weights_only=True)["model"]
-        numbers = {name: value for name, value in found.items() if not name.startswith(("seconds", "images_per"))}
+        numbers = {name: value for name, value in found.items() if name not in TIMES}
         numbers["config"] = {name: value for name, value in numbers["config"].items() if name != "cache"}
         kept.append((numbers, state))
     (numbers, state), (others, other) = kept

@@ -113,6 +113,7 @@ class LifelongMethod:
     holds_down = False  # has a penalty, which may hold a new task down
     regulariser = False  # protects by a penalty alone, which at shared outputs hardly helps; a run says so
     needs_teacher = False  # wants Batch.teacher
+    splits = True  # its losses are means over images, so that processes may share out a batch
     per_step_state = False  # gathers state at every step, so that a run can't be forked from another method's
     parts: ClassVar[dict[str, Any]] = {
         "quantizer": "lsq",

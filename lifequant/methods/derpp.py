@@ -23,6 +23,7 @@ class DERpp(LifelongMethod):
     task that an image belongs to (theirs, while it is trained on), in eval mode, of the image as it is.
     """
 
+    splits = False  # the distance is a mean over the batch's replay images alone
     help = "dark experience replay ++: replay with stored logits (Buzzega et al., NeurIPS 2020)"
     parts = LifelongMethod.parts | {"replay": True}
 

@@ -18,6 +18,7 @@ class ERACE(LifelongMethod):
     The loss of the whole batch is one mean, that of ``--loss`` on the masked logits; the paper adds two means.
     """
 
+    splits = False  # which classes are present depends on the whole batch
     help = "replay with asymmetric cross entropy (Caccia et al., ICLR 2022)"
     parts = LifelongMethod.parts | {"replay": True}
 
