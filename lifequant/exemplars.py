@@ -61,6 +61,7 @@ def nme_hits(features: Tensor, labels: Tensor, means: Tensor, present: Tensor) -
     return nme_predict(features, means, present) == labels
 
 
+@torch.inference_mode()
 def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], batch_size: int) -> list[float]:
     """Percent on each task's test set, by the exemplars ``rows`` (training rows, at least one).
 
