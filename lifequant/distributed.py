@@ -59,7 +59,7 @@ def join(device: torch.device) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (to the process's end)
 
 
 def check(config: Config, splits: bool, what: str) -> None:
