@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lifequant.errors import UserError
 
-BASE = {"batch": 64, "width": 1, "tasks": 2, "classes": 10, "replay": 256}
+BASE = {"batch": 64, "width": 1, "tasks": 2, "classes": 100, "replay": 256}  # classes: two a task at 50 tasks
 SIZES = {
     "batch": (32, 64, 128, 256),
     "width": (1, 2, 3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -92,3 +92,11 @@ def test_slope():
     noisy = [point | {"step": [n, 1.15 * n**1.2, 30.0]} for n in sizes]
     assert _growth.table("batch", [1, 2, 8, 20], rising)[1]["step"]["worse_than_linear"]
     assert not _growth.table("batch", [1, 2, 8, 20], noisy)[1]["step"]["worse_than_linear"]
+
+
+def test_missing_package(monkeypatch):
+    """A row whose package isn't there says what installs it; nothing else needs it."""
+    peers = importlib.import_module("_peers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert peers.missing("brevitas_compiled") == "brevitas is not installed: pip install brevitas"
+    assert peers.missing("float_eager") is None
