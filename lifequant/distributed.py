@@ -140,9 +140,14 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def mine(place: int) -> bool:
+    """Whether the part at ``place`` of some work is this process's."""
+    return place % world_size() == rank()
+
+
 def own(parts: Sequence[T]) -> list[tuple[int, T]]:
     """(place, part) of those parts of some work that are this process's."""
-    return list(enumerate(parts))[rank() :: world_size()]
+    return [(place, part) for place, part in enumerate(parts) if mine(place)]
 
 
 def gathered(found: dict[int, Tensor], device: torch.device) -> Tensor:

@@ -80,31 +80,34 @@ def image_means(
     count = 0
     with evaluating(model):
         for x, y in batches:
-            count += len(x)
-            for _, (images, labels) in distributed.own(list(zip(x.split(CHUNK), y.split(CHUNK), strict=True))):
-                for name, g in gradients(weights, images, labels).items():
-                    total[name] += measure(g).sum(0)
+            for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+                if distributed.mine(count // CHUNK):
+                    for name, g in gradients(weights, images, labels).items():
+                        total[name] += measure(g).sum(0)
+                count += len(images)
     for value in total.values():
         distributed.total(value)
     return {name: value / count for name, value in total.items()}
 
 
-def per_sample(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """{layer: mean over images of (d CE / d w)^2} for the convolutions of ``net``; x float [N, 3, H, W], y int64 [N]."""
+def per_sample(net: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """{layer: mean over images of (d CE / d w)^2} for the convolutions of ``net``."""
     weights = {f"{name}.weight": weight for name, weight in conv_weights(net).items()}
-    means = image_means(net, weights, [(x, y)], F.cross_entropy, torch.square)
+    means = image_means(net, weights, batches, F.cross_entropy, torch.square)
     return {name.removesuffix(".weight"): value for name, value in means.items()}
 
 
-def per_batch(net: nn.Module, weights: dict[str, nn.Parameter], x: Tensor, y: Tensor, size: int) -> dict[str, Tensor]:
-    """{name: mean over batches of (d mean CE / d w)^2}: the published code's estimate, about 1/size of ``per_sample``."""
+def per_batch(net: nn.Module, weights: dict[str, nn.Parameter], batches: Batches) -> dict[str, Tensor]:
+    """{name: mean over batches of (d mean CE / d w)^2}: the published code's estimate, by the batches' size below
+    ``per_sample``'s."""
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    batches = list(zip(x.split(size), y.split(size), strict=True))
+    count = 0
     for images, labels in batches:
+        count += 1
         gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), list(weights.values()))
         for value, g in zip(total.values(), gradients, strict=True):
             value += g.square()
-    return {name: value / len(batches) for name, value in total.items()}
+    return {name: value / count for name, value in total.items()}
 
 
 def sliced(model: nn.Module, batches: list[Tensor], directions: Tensor) -> Tensor:

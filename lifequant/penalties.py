@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.importance import at_quantized_weights, conv_weights, evaluating, per_batch, per_sample, protected
+from lifequant.importance import CHUNK, at_quantized_weights, conv_weights, evaluating, per_batch, per_sample, protected
 from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.quantizers.base import FakeQuant
 from lifequant.quantizers.layers import QuantConv2d, QuantLinear, packed_bytes, weight_layers
@@ -151,7 +151,7 @@ class ProxQPaper(Anchored):
         if not replay_there(task, len(task.replay)):
             return None
         net = at_quantized_weights(model)
-        return per_batch(net, conv_weights(net), *task.batch(task.replay), task.batch_size)
+        return per_batch(net, conv_weights(net), task.batches(task.replay, task.batch_size))
 
 
 class ProxQPublished(Anchored):
@@ -170,7 +170,7 @@ class ProxQPublished(Anchored):
         if not replay_there(task, len(task.replay)):
             return None
         with evaluating(model):
-            return per_batch(model, self.values(model), *task.batch(task.replay), task.batch_size)
+            return per_batch(model, self.values(model), task.batches(task.replay, task.batch_size))
 
     def memory_bytes(self) -> dict[str, int]:
         latent = sum(a.numel() * a.element_size() for a in self.anchor.values())
@@ -232,7 +232,7 @@ def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tens
     missing = int((~current[task.labels[task.past]]).sum()) - len(rows)
     if missing == 0 or not replay_there(task, len(rows)):
         return None, 0.0
-    return per_sample(at_quantized_weights(model), *task.batch(rows)), missing / len(task.pool)
+    return per_sample(at_quantized_weights(model), task.batches(rows, CHUNK)), missing / len(task.pool)
 
 
 def replay_there(task: Task, images: int) -> bool:

@@ -54,14 +54,14 @@ def main() -> int:
         for row, size in rows.items():
             importance.CHUNK = size
             begin = time.perf_counter()
-            importance.per_sample(net, x, y) if size else loop(net, x, y)
+            importance.per_sample(net, [(x, y)]) if size else loop(net, x, y)
             seconds[row].append(time.perf_counter() - begin)
     base = statistics.median(seconds["loop"])
     for row, values in seconds.items():
         median = statistics.median(values)
         print(f"{row:<14}{median:8.3f} s  ({min(values):.3f} .. {max(values):.3f})  loop / this {base / median:6.2f}")
     net, x = net.double(), x[:32].double()
-    found = importance.per_sample(net, x, y[:32])
+    found = importance.per_sample(net, [(x, y[:32])])
     apart = max(float((found[name] - v).abs().max() / v.max()) for name, v in loop(net, x, y[:32]).items())
     print(f"largest relative difference {apart:.1e} (at most {TOLERANCE:g})")
     return int(apart > TOLERANCE)

@@ -95,7 +95,7 @@ def test_per_sample(quantizer):
     model, task = network(quantizer).double(), make_task()
     x, y = task.batch(torch.arange(40))
     x = x.double()
-    found = per_sample(at_quantized_weights(model), x, y)
+    found = per_sample(at_quantized_weights(model), [(x, y)])
     assert set(found) == set(CONVS)
     for name, expected in fisher_by_loop(model, x, y).items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-9, atol=1e-12 * expected.max())
@@ -106,7 +106,7 @@ def test_per_batch():
     model, task = network(), make_task()
     x, y = task.batch(torch.arange(20))
     net = at_quantized_weights(model)
-    found = per_batch(net, conv_weights(net), x, y, 8)
+    found = per_batch(net, conv_weights(net), zip(x.split(8), y.split(8), strict=True))
     batches = [gradients_at_quantized(model, x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)]
     samples = fisher_by_loop(model, x, y)
     for name in CONVS:

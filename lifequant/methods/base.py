@@ -6,7 +6,7 @@ A penalty (lifequant/penalties.py) has the same hooks; where one is chosen it ta
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,6 +66,10 @@ class Task:
         """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
         x = self.take(rows)
         return normalise(x) if x.dtype == torch.uint8 else x, self.labels[rows]
+
+    def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``batch`` of ``size`` rows after another: no more images at a time than that."""
+        return (self.batch(part) for part in rows.split(size))
 
 
 def user_task(

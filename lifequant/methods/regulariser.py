@@ -52,7 +52,7 @@ class Regulariser(LifelongMethod):
         """The task's own training images, ``--<method>_images`` at most, evenly spaced; not augmented."""
         count = min(self.option("images"), len(task.new))
         rows = task.new[torch.arange(count, device=task.new.device) * len(task.new) // count]
-        return (task.batch(part) for part in rows.split(size))
+        return task.batches(rows, size)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         super().begin_task(model, task)
