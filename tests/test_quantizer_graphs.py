@@ -95,7 +95,8 @@ def test_losses_compile_whole():
     convolutions = {k: v for k, v in quantized_weights(model).items() if v.dim() == 4}
     importance = {k: torch.rand_like(v) for k, v in convolutions.items()}
     anchor = {k: v + 0.1 * torch.randn_like(v) for k, v in convolutions.items()}
-    guard.load_state_dict({"importance": importance, "anchor": anchor, "anchor_bytes": 0})
+    unit = {k: torch.ones(()) for k in convolutions}
+    guard.load_state_dict({"importance": importance, "anchor": anchor, "unit": unit, "anchor_bytes": 0})
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
         logits = model(x)
