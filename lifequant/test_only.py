@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lifequant import checkpoint, data, start
+from lifequant import checkpoint, data, distributed, start
 from lifequant.config import Config
 from lifequant.device import pick_device
 from lifequant.errors import UserError
@@ -14,9 +14,10 @@ from lifequant.evaluate import Scores, evaluate
 
 def test(config: Config, notes: Sequence[str] = ()) -> Scores:
     """--test_only: print the accuracies of job_dir's model, or of --source_file's; writes nothing. Raises UserError."""
+    device = pick_device(config)
+    distributed.join(device)
     for line in notes:
         print(line)
-    device = pick_device(config)
     path = (
         start.find_source(config)
         if config.source_file
@@ -24,7 +25,7 @@ def test(config: Config, notes: Sequence[str] = ()) -> Scores:
     )
     if path is None:
         raise UserError(f"--test_only: no model_best.pt in --job_dir {config.job_dir}, and no --source_file")
-    dataset = data.load(config, device, print)
+    dataset = distributed.one_first(lambda: data.load(config, device, print))
     model = checkpoint.build(config, dataset.num_classes).to(device)
     if not checkpoint.load_source(path, config, model, dataset.num_classes):
         raise UserError(
