@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from lifequant import signals
 from lifequant.cli import run_main
 
 
@@ -18,13 +19,19 @@ def train(argv: Sequence[str]) -> int:
         print(registry.describe())
         return 0
     config, notes = options.parse(argv)
-    if config.test_only:
-        from lifequant.test_only import test as job
-    elif config.bit_schedule:
-        from lifequant.ladder import run as job
-    else:
-        from lifequant.train import run as job
-    job(config, notes)
+    try:
+        with signals.handled():
+            if config.test_only:
+                from lifequant.test_only import test as job
+            elif config.bit_schedule:
+                from lifequant.ladder import run as job
+            else:
+                from lifequant.train import run as job
+            job(config, notes)
+    except signals.Stopped as stopped:
+        code, text = signals.ending(stopped, bool(config.resume))
+        print(f"lifequant: {text}", file=sys.stderr)
+        return code
     return 0
 
 

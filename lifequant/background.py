@@ -59,7 +59,8 @@ class Writer:
         try:
             content = checkpoint.content(state)
             for path in paths:
-                checkpoint.write_bytes(path, content)
+                previous = path.with_name(checkpoint.PREVIOUS) if path.name == checkpoint.LAST else None
+                checkpoint.write_bytes(path, content, previous)
         except BaseException as error:
             self.error = error
 

@@ -1,26 +1,36 @@
-"""Checkpoints: one schema, written whole or not at all, read as data only (weights_only).
+"""Checkpoints: one schema, a checksum, written whole or not at all, read as data only (weights_only).
 
-Two kinds. ``run``: everything that the rest of a run depends on, of checkpoint/last.pt and of checkpoint/task<t>.pt at
-each task's end. ``model``: a trained model, model_best.pt.
+Two kinds. ``run``: everything that the rest of a run depends on, of checkpoint/last.pt (the one before it is
+checkpoint/previous.pt) and of checkpoint/task<t>.pt at each task's end. ``model``: a trained model, model_best.pt.
+
+A file is torch.save's zip archive, whose comment is the SHA-256 of all before it: torch.load reads it as any other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lifequant import registry
+from lifequant import faults, registry
 from lifequant.augment import MEAN, STD
 from lifequant.config import Config
 from lifequant.errors import UserError
+from lifequant.files import sync_folder
 from lifequant.quantizers.layers import Scheme, set_layer_bits
 
-SCHEMA = 1
+SCHEMA = 2
+LAST, PREVIOUS = "last.pt", "previous.pt"
+_COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
+_COMMENT_BYTES = 71
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -33,25 +43,63 @@ def content(state: dict[str, Any]) -> memoryview:
     """What a checkpoint's file holds."""
     buffer = io.BytesIO()
     torch.save({"schema": SCHEMA, **state}, buffer)
+    buffer.seek(-2, io.SEEK_END)  # a zip archive ends with its comment's length (APPNOTE 4.3.16), and torch writes none
+    buffer.write(struct.pack("<H", _COMMENT_BYTES))
+    buffer.write(b"sha256:" + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     return buffer.getbuffer()
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Atomic: afterwards ``path`` has the new content, or, if anything failed, what it had."""
+def write_bytes(path: Path, content: bytes | memoryview, previous: Path | None = None) -> None:
+    """Atomic: afterwards ``path`` has the new content, or, if anything failed, what it had.
+
+    With ``previous`` the checkpoint that it had is kept under that name. Between the two renames ``path`` is not there, ``previous`` is.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
+            faults.point("checkpoint")
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists() and whole(path):  # a broken one must not take a whole one's place
+            os.replace(path, previous)
+        faults.point("rename")
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def whole(path: Path) -> bool:
+    """Whether a checkpoint's content is what was written. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+        found = _COMMENT.fullmatch(file.read())
+    return found is not None and found[1].decode() == digest.hexdigest()
+
+
+def read_last(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """A run's last checkpoint, or, with a warning, the one before it where that one is broken. Raises UserError."""
+    previous = path.with_name(PREVIOUS)
+    try:
+        return read(path, "run"), path
+    except UserError as error:
+        if path.name != LAST or not previous.is_file():
+            raise
+        state = read(previous, "run")
+        say(f"warning: {error}; the checkpoint before it is taken instead")
+        return state, previous
 
 
 def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint of that kind. Raises UserError for anything else."""
     try:
+        if not whole(path):
+            raise ValueError
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None

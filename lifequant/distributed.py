@@ -93,10 +93,10 @@ def barrier() -> None:
 
 def follow(config: Config, scratch: str) -> Config:
     """The config of a process that isn't the first: its files go to ``scratch``, what it goes on from is the first's."""
-    last = Path(config.job_dir) / "checkpoint" / "last.pt"
+    folder = Path(config.job_dir) / "checkpoint"
     resume = config.resume
     if resume and resume.lower() in ("true", "yes"):
-        resume = str(last) if last.is_file() else None
+        resume = str(folder / "last.pt") if any((folder / n).is_file() for n in ("last.pt", "previous.pt")) else None
     return replace(config, job_dir=str(Path(scratch) / "run"), resume=resume, reset=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from collections.abc import Mapping
@@ -58,6 +59,16 @@ def checked_name(name: str, folder: Path) -> str:
     return name
 
 
+def sync_folder(folder: Path) -> None:
+    """What was renamed in ``folder`` outlives a loss of power; nothing where the system can't promise that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_all(files: Mapping[Path, str | bytes]) -> None:
     """Write all files, in this order, each by a temporary file that replaces it, once all contents are on disk.
 
@@ -67,9 +78,14 @@ def write_all(files: Mapping[Path, str | bytes]) -> None:
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary[path].write_bytes(content.encode() if isinstance(content, str) else content)
+            with temporary[path].open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
         for path in files:
             os.replace(temporary[path], path)
+        for folder in {path.parent for path in files}:
+            sync_folder(folder)
     except BaseException:
         for path in temporary.values():
             path.unlink(missing_ok=True)

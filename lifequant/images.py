@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from lifequant import faults
 from lifequant.errors import UserError
 from lifequant.memory import map_images
 
@@ -148,6 +149,7 @@ def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -
             file.write(header)
             for image in images:
                 file.write(image)
+                faults.point("cache")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, cached)

@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from lifequant import checkpoint, registry
+from lifequant import checkpoint, faults, registry
+from lifequant.cli import one_line
 from lifequant.config import Config, free_names
 from lifequant.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing tells there whether a lock's owner lives
+    fcntl = None
+
 PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
+LOCK = ".lock"
 NEEDED_BYTES = 50_000_000  # a run of three tasks: its checkpoints and curves
+
+
+@contextlib.contextmanager
+def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """``job`` is this process's alone, by a lock on job_dir/.lock that the system lifts when the process dies, however.
+
+    The file says whose it is. A folder made for it goes with it where nothing else came into it. Raises UserError where
+    another run has it.
+    """
+    if fcntl is None or (job.exists() and not job.is_dir()):
+        yield
+        return
+    made = [folder for folder in (job, *job.parents) if not folder.exists()]
+    job.mkdir(parents=True, exist_ok=True)
+    path = job / LOCK
+    file = path.open("a+", encoding="utf-8")
+    try:
+        with file:
+            _take(file, path, say)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is in use now
+                folder.rmdir()
+
+
+def _take(file: TextIO, path: Path, say: Callable[[str], None]) -> None:
+    """Lock, say whose the lock was, write whose it is now. Raises UserError."""
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = one_line(file.read(200).strip()) or "another process"
+        raise UserError(
+            f"--job_dir {path.parent} is in use by {owner}: wait for it, or choose another --job_dir"
+        ) from None
+    except OSError as error:  # a file system without locks
+        say(f"{path.parent} can't be locked ({error.strerror}): nothing keeps a second run out of it")
+        return
+    file.seek(0)
+    if owner := one_line(file.read(200).strip()):
+        say(f"--job_dir {path.parent}: {owner} had it and has died; taken over")
+    file.truncate(0)
+    file.write(me)
+    file.flush()
 
 
 def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -44,12 +103,18 @@ def begin(config: Config, past: Path | None = None, tasks: int = 0) -> None:
     Of a run that goes on elsewhere (--from, --resume PATH), the former ``tasks`` are copied from ``past``, its checkpoints' folder.
     """
     job = Path(config.job_dir)
+    for name in (
+        checkpoint.LAST,
+        checkpoint.PREVIOUS,
+    ):  # first: half cleared, the folder must not pass for a whole run's
+        (job / "checkpoint" / name).unlink(missing_ok=True)
     for part in PARTS:
         path = job / part
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     (job / "checkpoint").mkdir(parents=True, exist_ok=True)
     for task in range(tasks):
-        shutil.copyfile(past / f"task{task}.pt", task_file(job, task))
+        checkpoint.write_bytes(task_file(job, task), (past / f"task{task}.pt").read_bytes())
+    faults.point("begin")
     write_json(job / "config.json", config.asdict())
 
 
@@ -82,9 +147,9 @@ def _spare_sources(config: Config, job: Path) -> None:
 def resumed_from(config: Config) -> Path:
     """The checkpoint that --resume goes on with."""
     if config.resume.lower() in ("true", "yes"):
-        return Path(config.job_dir) / "checkpoint" / "last.pt"
+        return Path(config.job_dir) / "checkpoint" / checkpoint.LAST
     path = Path(config.resume)
-    return path / "checkpoint" / "last.pt" if path.is_dir() else path
+    return path / "checkpoint" / checkpoint.LAST if path.is_dir() else path
 
 
 def moves(config: Config) -> bool:
@@ -94,11 +159,12 @@ def moves(config: Config) -> bool:
 
 def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     path = resumed_from(config)
-    if not path.is_file() and config.resume.lower() not in ("true", "yes"):
+    there = path.is_file() or (path.name == checkpoint.LAST and path.with_name(checkpoint.PREVIOUS).is_file())
+    if not there and config.resume.lower() not in ("true", "yes"):
         raise UserError(f"--resume {config.resume}: no checkpoint there")
     if moves(config) and _holds_run(job):
         raise UserError(f"--job_dir {job} holds another run than --resume {path}: choose another --job_dir")
-    if not path.is_file():
+    if not there:
         for part in ("results.json", "model_best.pt"):
             if (job / part).exists():
                 raise UserError(
@@ -106,7 +172,7 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
                 )
         say(f"--resume: no checkpoint in {job} yet; the run starts anew")
         return None
-    state = checkpoint.read(path, "run")
+    state, path = checkpoint.read_last(path, say)
     ours, theirs, free = config.asdict(), state["config"], free_names()
     for name in sorted({*ours, *theirs} - free):
         if ours.get(name) != theirs.get(name):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lifequant import checkpoint, job, metrics
+from lifequant import checkpoint, faults, job, metrics
 from lifequant.checks import refuse_divergence, warn_of
 from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.data import DataSet
@@ -244,6 +244,7 @@ def finish(run: Run) -> dict[str, Any]:
         run.log.say(f"codes: {ok} of {len(most)} quantized tensors use at most 2^bits values")
     run.log.say(table(results))
     results["time_share"] = run.clock.time_share()
+    faults.point("table")
     job.write_json(folder / "results.json", results)
     return results
 

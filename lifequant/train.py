@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lifequant import data, distributed, job, registry, results, start
+from lifequant import checkpoint, data, distributed, faults, job, registry, results, signals, start
 from lifequant.augment import normalise
 from lifequant.average import WeightAverage
 from lifequant.config import Config
@@ -124,8 +124,12 @@ def train_task(run: Run, task: Task) -> None:
             results.read_window(run, curves, bar, config.lr * factor)
         if run.step % steps_per_epoch == 0:
             end_epoch(run, task, epoch, curves)
-        if run.clock.since_checkpoint() > config.checkpoint_seconds and run.step < steps:
+        due = run.clock.since_checkpoint() > config.checkpoint_seconds and run.step < steps
+        if due or signals.requested():
             save(run)
+        if signals.requested():
+            run.writer.wait()
+            signals.stop()
     bar.close()
 
 
@@ -183,7 +187,7 @@ def save(run: Run, *first: Path) -> None:
         run.sums.cpu()  # the copy of the state waits for the steps that a GPU has still to do, which is their time
     with run.clock.within("checkpoint"):
         run.log.flush()
-        run.writer.write(run.state(), *first, Path(run.config.job_dir) / "checkpoint" / "last.pt")
+        run.writer.write(run.state(), *first, Path(run.config.job_dir) / "checkpoint" / checkpoint.LAST)
 
 
 def train_all(run: Run) -> None:
@@ -207,15 +211,18 @@ def train_all(run: Run) -> None:
         run.begin_parts(task)
         replay = f" and {len(task.replay)} replay images" if len(task.replay) else ""
         run.log.say(f"task {run.data.ids[task.id]}: {len(task.classes)} classes, {len(task.new)} training{replay}")
-        with run.clock.part("training"):
+        faults.point("task")
+        with run.clock.part("training"), signals.polled(distributed.world_size() == 1):
             train_task(run, task)
         finish_training(run, task)
+        faults.point("importance")
         with run.clock.part("method", "method"):
             for hook in run.hooks:
                 hook.end_task(run.model, task)
         distributed.check_agreement(run.model)
         with run.clock.within("logging"):
             results.end_task(run, task)
+        faults.point("change")
         run.place, run.step = run.place + 1, 0
         save(run, job.task_file(run.config.job_dir, task.id))
 
@@ -233,6 +240,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         for line in notes:
             log.say(line)
         dataset = distributed.one_first(lambda: data.load(config, device, log.say))
+        stack.enter_context(job.locked(folder, log.say))
         state = job.check(config, log.say)
         num_tasks = 1 if registry.method(config.method).joint else len(dataset.ids)
         if state and state["place"] == num_tasks and (finished := results.read(folder)):

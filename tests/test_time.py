@@ -144,10 +144,10 @@ def test_a_slow_disk_does_not_hold_up_steps(tmp_path, monkeypatch):
     """write returns while the disk is at work; what is written is the state as it was then, byte for byte."""
     go, original, written = threading.Event(), checkpoint.write_bytes, []
 
-    def slow(path, content):
+    def slow(path, content, *previous):
         assert go.wait(30)
         written.append(path.name)
-        original(path, content)
+        original(path, content, *previous)
 
     monkeypatch.setattr(checkpoint, "write_bytes", slow)
     state = state_of(1.0)
@@ -168,7 +168,7 @@ def test_a_slow_disk_does_not_hold_up_steps(tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_disk_is_raised_once(tmp_path, monkeypatch):
-    def full(path, content):
+    def full(path, content, *previous):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "write_bytes", full)
@@ -188,10 +188,10 @@ def test_a_run_whose_last_checkpoint_fails(tiny, tmp_path, monkeypatch, capsys):
     """Its error is not lost with the thread: one line, exit code 2, no results."""
     original = checkpoint.write_bytes
 
-    def full(path, content):
+    def full(path, content, *previous):
         if threading.current_thread() is not threading.main_thread():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(path, content)
+        original(path, content, *previous)
 
     monkeypatch.setattr(checkpoint, "write_bytes", full)
     argv = arguments(settings(tiny, tmp_path / "run", method="original", num_tasks=1))

@@ -1,0 +1,32 @@
+"""Where a run may be killed on purpose: ``LIFEQUANT_FAULT=checkpoint:3`` ends the process, as SIGKILL does, at the third
+passing of the point ``checkpoint``. For tests and scripts/torture.py; without the variable a point is one comparison, and
+none lies in a training step."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+POINTS = {
+    "cache": "while the image cache is built",
+    "begin": "between clearing a folder and its first file",
+    "task": "after a task's begin, before its first step",
+    "importance": "between a task's last step and the end of its method's estimates",
+    "change": "between a task's evaluation and its checkpoint",
+    "checkpoint": "a checkpoint's content is in its temporary file, not yet on disk",
+    "rename": "the former checkpoint is moved away, the new one not yet in its place",
+    "table": "between the last checkpoint and results.json",
+}
+
+_name, _, _passing = os.environ.get("LIFEQUANT_FAULT", "").partition(":")
+_left = int(_passing or 1) if _name else 0
+
+
+def point(name: str) -> None:
+    """The process ends here where LIFEQUANT_FAULT says so."""
+    global _left
+    if name != _name:
+        return
+    _left -= 1
+    if _left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
