@@ -75,6 +75,22 @@ def _take(file: TextIO, path: Path, say: Callable[[str], None]) -> None:
     file.flush()
 
 
+@contextlib.contextmanager
+def told_of_disk(job: Path) -> Iterator[None]:
+    """What the file system refuses in mid-run (a full disk, a quota, a folder made read-only) is a UserError that says how
+    to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"--job_dir {job}: {error.strerror}{where}: the run has stopped, its last checkpoint is whole; once it can be "
+            "written to again, go on with --resume True"
+        ) from error
+
+
 def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Whether job_dir may be used, changing nothing; the state to go on with, None for a new run. Raises UserError."""
     job = Path(config.job_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from lifequant.cli import one_line
+from lifequant.curves import Curves
 
 COMPARED = [
     "method",
@@ -41,7 +42,7 @@ class Log:
         self.file: TextIO | None = None
         self.early: list[str] = []  # said before the run had a folder
         self.warnings: list[str] = []
-        self.writers: dict[str, SummaryWriter] = {}
+        self.writers: dict[str, Curves] = {}
 
     def open(self, job_dir: Path) -> None:
         """From here on, lines and curves go to the run's folder."""
@@ -67,11 +68,10 @@ class Log:
             self.warnings.append(text)
             self.say(f"warning: {text}")
 
-    def writer(self, run: str, purge_step: int | None = None) -> SummaryWriter:
+    def writer(self, run: str, purge_step: int | None = None) -> Curves:
         """The writer of a run below ``run/``. ``purge_step``: TensorBoard forgets what was written from this step on."""
         if run not in self.writers:
-            suffix = f".{time.time_ns()}"  # two writers of one second must not write to one file
-            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=purge_step, filename_suffix=suffix)
+            self.writers[run] = Curves(self.folder / run, purge_step)
         return self.writers[run]
 
     def flush(self) -> None:
@@ -79,22 +79,24 @@ class Log:
             writer.flush()
 
     def close(self) -> None:
-        for writer in self.writers.values():
-            writer.close()
-        if self.file:
-            self.file.close()
+        for file in (*self.writers.values(), self.file):
+            with contextlib.suppress(
+                OSError
+            ):  # what must be on disk was flushed; the disk's error has been raised then
+                file and file.close()
 
     def summary(self, results: dict[str, Any]) -> None:
         """The accuracy matrix as a picture, and the settings with the final metrics for the hparams tab."""
         root = self.writer(".", purge_step=0)
-        root.add_image("accuracy/matrix", matrix_picture(results["top1"]), len(results["top1"]), dataformats="HWC")
+        root.add_image("accuracy/matrix", matrix_picture(results["top1"]), len(results["top1"]))
         settings = {name: value for name in COMPARED if (value := results["config"][name]) is not None}
         names = ("average_accuracy", "average_incremental_accuracy", "forgetting", "bwt", "fwt")
         metrics = {f"final/{name}": results[name] for name in names if results[name] is not None}
         for part in hparams(settings, metrics):
-            root.file_writer.add_summary(part)
+            root.add(part)
         for name, value in metrics.items():
             root.add_scalar(name, value, 0)
+        self.flush()
 
 
 def matrix_picture(matrix: list[list[float]], cell: int = 72) -> np.ndarray:

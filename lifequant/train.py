@@ -266,7 +266,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         if wants_compile(config, device, total, log.say, state and state.get("compiled")):
             compile_step(this)
         distributed.barrier()  # nobody reads any more what the first is about to write
-        with this.writer, deterministic(config.deterministic, device):
+        with job.told_of_disk(folder), this.writer, deterministic(config.deterministic, device):
             train_all(this)
             found = results.finish(this)
         distributed.barrier()  # what a next run begins from is there
