@@ -277,9 +277,9 @@ def _image_root(config: Config, record: dict, folder: Path, prefix: str) -> Path
         )
     if record.get("image_root"):
         root = Path(record["image_root"])
-        if not root.is_dir():
+        if not os.path.isdir(root):  # False too where the name is longer than any may be
             raise UserError(
-                f"{folder / dataset_json.FILE} says the images are in {root}, which is not there: name the folder by --data_dir"
+                f"{folder / dataset_json.FILE} says the images are in {short(root)}, which is not there: name the folder by --data_dir"
             )
         return root
     return (TOP or Path.cwd()) / "data_dir" / prefix

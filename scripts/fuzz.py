@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _mutations import mutated, mutated_csv, mutated_json
 from PIL import Image
 
 from lifequant import data, options
@@ -46,50 +47,10 @@ FORMATS = {
     "TGA": ("RGB",),  # not admitted
     "EPS": ("RGB",),  # not admitted: would start a program
 }
-ODD = [
-    *("..", "../a", "/etc/passwd", "C:\\a", "\\\\host\\a", "a/../../b", "train/./a/0.png", "train//a/0.png", "train", "", " "),
-    *("-1", "0.5", "1e3", "nan", "99999", "100000", "999999999", str(2**63), "9" * 5000, "٣", "²", "0x1", "true", "0" * 9),
-    *("\0", "\x1b[31m", "\r", "\n", "\r\n", "\n\n", '"', '""', '"\n"', ",", ",,,", ";", "\t", "\ufeff", "\u202e", "\u2028"),
-    *("e\u0301", "\u00e9", "\uff0e\uff0e\uff0f", "\U0001f600", "x" * 300, "x" * 5000, "a/" * 2000, "image,label", "image", "label"),
-    *("NaN", "Infinity", "1e999", "null", "{}", "[]", "[" * 3000, '{"a":' * 3000, '"\\ud800"', '"\\u0000"', "-1", "1" * 400),
-]  # fmt: skip
-BYTES = [text.encode() for text in ODD] + [b"\xff", b"\xff\xfe", b"\xed\xa0\x80", b"\xc0\xae", b"x" * 200_000, b"\x00" * 64]
 
 
 class TooLong(BaseException):
     """Not an Exception, so that no handler takes it for a broken file."""
-
-
-def mutated(content: bytes, dice: random.Random) -> bytes:
-    """``content`` after one to four changes."""
-    for _ in range(dice.randint(1, 4)):
-        start, stop = sorted(dice.choices(range(len(content) + 1), k=2))
-        match dice.randrange(8):
-            case 0:  # bits of a few bytes
-                changed = bytearray(content)
-                for place in dice.choices(range(len(content)), k=dice.randint(1, 8)) if content else []:
-                    changed[place] ^= 1 << dice.randrange(8)
-                content = bytes(changed)
-            case 1:
-                content = content[:start] + dice.choice(BYTES) + content[start:]
-            case 2:
-                content = content[:start]
-            case 3:
-                content = content[:start] + content[stop:]
-            case 4:
-                content = content[:stop] + content[start:stop] * dice.randint(1, 3) + content[stop:]
-            case 5:  # a number at its end
-                width = dice.choice((1, 2, 4))
-                value = dice.choice((0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1)) % 2 ** (8 * width)
-                content = content[:start] + value.to_bytes(width, dice.choice(("big", "little"))) + content[start + width :]
-            case 6:
-                content = content[:start] + dice.randbytes(dice.randint(1, 16)) + content[start:]
-            case 7:  # a value of a CSV or JSON
-                places = [place for place, byte in enumerate(content) if byte in b',\n:[{"'] or [0]
-                start = dice.choice(places[:200])
-                end = min((place for place in places if place > start), default=len(content))
-                content = content[: start + 1] + dice.choice(BYTES) + content[end:]
-    return content
 
 
 class CsvTarget:
@@ -117,10 +78,16 @@ class CsvTarget:
         record |= {"diminish_rate": 0.5, "seed": 0, "lt_gamma": 1.0, "images_per_class": None, "domains": None}
         record |= {"tasks": [{"classes": [0, 1]}, {"classes": [1, 2]}], "counts": {"train": [9, 8]}}
         self.valid["dataset.json"] = json.dumps(record).encode()
-        self.config = options.make(csv_dir=self.folder, cache_dir=folder / "cache", image_size=SIDE, job_dir=folder / "job")
+        self.config = options.make(
+            csv_dir=self.folder, cache_dir=folder / "cache", image_size=SIDE, job_dir=folder / "job"
+        )
 
     def generate(self, dice: random.Random) -> dict[str, bytes]:
-        return {name: mutated(self.valid[name], dice) for name in dice.sample(FILES, dice.choice((1, 1, 2)))}
+        files = {}
+        for name in dice.sample(FILES, dice.choice((1, 1, 2))):
+            structured = mutated_json if name == FILES[-1] else mutated_csv
+            files[name] = (structured if dice.random() < 0.7 else mutated)(self.valid[name], dice)
+        return files
 
     def run(self, files: dict[str, bytes]) -> None:
         for name, content in {**self.valid, **files}.items():
@@ -138,7 +105,9 @@ class ImageTarget:
         for kind, modes in FORMATS.items():
             for mode in modes:
                 grey = Image.fromarray(noise.integers(0, 256, (13, 17), dtype=np.uint8))
-                image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+                image = (
+                    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+                )
                 out, exif = io.BytesIO(), Image.Exif()
                 exif[0x0112] = 6
                 more = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
@@ -227,10 +196,16 @@ def guided(targets: list[CsvTarget | ImageTarget], count: int, args) -> None:
             raise AssertionError(wrong or f"{held():.2f} GB were held")
 
     for module in (data, data.dataset_json, sys.modules["lifequant.task_csv"], sys.modules["lifequant.decode"]):
-        for key, value in list(vars(module).items()):
+        for value in list(vars(module).values()):
             if callable(value) and getattr(value, "__module__", None) == module.__name__ and hasattr(value, "__code__"):
                 atheris.instrument_func(value)
-    runs = [f"-runs={count}", f"-seed={args.seed + 1}", f"-artifact_prefix={corpus}/fault-", "-max_len=8192", "-close_fd_mask=0"]
+    runs = [
+        f"-runs={count}",
+        f"-seed={args.seed + 1}",
+        f"-artifact_prefix={corpus}/fault-",
+        "-max_len=8192",
+        "-close_fd_mask=0",
+    ]
     atheris.Setup([sys.argv[0], *runs, str(corpus)], one)
     atheris.Fuzz()
 
@@ -254,7 +229,9 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch, quiet():
         targets = [CsvTarget(Path(scratch)), ImageTarget(Path(scratch))]
         for target in targets:  # what is not mutated must load
-            for valid in [{}] if isinstance(target, CsvTarget) else [{"image": content} for content in target.valid[:5]]:
+            for valid in (
+                [{}] if isinstance(target, CsvTarget) else [{"image": content} for content in target.valid[:5]]
+            ):
                 target.run(valid)
         if args.atheris:
             guided(targets, args.csvs + args.images, args)
