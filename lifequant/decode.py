@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +50,8 @@ def as_pixels(image: Image.Image, size: int) -> tuple[Tensor, str | None]:
     of what isn't square. Raises UserError for pixels that have no known white.
     """
     done = []
-    if turn := _TURNS.get(_orientation(image)):
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:  # one of them is 0
         image = image.transpose(turn)
         done.append("turned as EXIF says")
     if image.mode != "RGB":
@@ -128,7 +130,13 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of Pillow's (of sizes, of broken EXIF): what matters is an error here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+    """No warnings of Pillow's (of sizes, of broken EXIF) and no lines of its loggers: what matters is an error here."""
+    logger = logging.getLogger("PIL")
+    former = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    finally:
+        logger.setLevel(former)

@@ -24,7 +24,7 @@ _MOST_BYTES = 2**30  # of a CSV; ImageNet-21k's has 0.6 GB
 _MOST_ROWS = 20_000_000  # which take 3 GB of memory
 _MOST_ROW = 2**20  # characters of a row, line breaks in quotes included: 10,000 columns are fine, an endless line isn't
 _LONGEST_PATH = 4096  # characters; no system takes longer ones
-_OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)|.*\0", re.DOTALL)
+_OUTSIDE = re.compile(r"[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)|.*\0", re.DOTALL)
 
 
 def csv_name(prefix: str, source: str, task: int | None = None) -> str:

@@ -125,6 +125,7 @@ class ImageTarget:
 
 def fault(work: Callable[[], None], seconds: float, outcomes: Counter) -> str | None:
     """What is wrong with how ``work()`` ends; None for success and for a proper refusal."""
+    former = signal.signal(signal.SIGALRM, _too_long)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         work()
@@ -140,7 +141,12 @@ def fault(work: Callable[[], None], seconds: float, outcomes: Counter) -> str | 
         return traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
     return None
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TooLong
 
 
 def held() -> float:
@@ -221,10 +227,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--atheris", action="store_true", help="coverage guided")
     args = parser.parse_args(argv)
 
-    def too_long(number: int, frame: object) -> None:
-        raise TooLong
-
-    signal.signal(signal.SIGALRM, too_long)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch, quiet():
         targets = [CsvTarget(Path(scratch)), ImageTarget(Path(scratch))]
