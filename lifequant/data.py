@@ -16,12 +16,13 @@ from lifequant.augment import augmentation
 from lifequant.config import REPLAY_RATE, Config
 from lifequant.errors import UserError, closest
 from lifequant.files import TOP, find_folder, prepare_command
-from lifequant.images import default_cache_dir, file_stats, load_images
+from lifequant.images import default_cache_dir, load_images
 from lifequant.memory import choose_place
 from lifequant.methods.base import LifelongMethod, Task
 from lifequant.replay import stored_rows
 from lifequant.split import long_tail, lowest, share_of_each
-from lifequant.task_csv import Rows, csv_name, prefixes, read_rows, task_numbers
+from lifequant.task_csv import Rows, csv_name, leaves_root, prefixes, read_rows, task_numbers
+from lifequant.untrusted import MOST_CLASSES, short, stats_inside
 
 
 @dataclass
@@ -100,13 +101,14 @@ def load(config: Config, device: torch.device, say: Callable[[str], None]) -> Da
     record = record if record.get("name") == prefix else {}
     present = task_numbers(folder, prefix, "train")
     wanted = config.num_tasks or present[-1] + 1
-    ids = list(range(wanted)) if config.task_id is None else [config.task_id]
-    for task in ids:
+    ids = range(wanted) if config.task_id is None else [config.task_id]
+    for task in ids:  # before any list of them, which a file name could make as long as it likes
         if task not in present:
             flag = "--num_tasks" if config.task_id is None else "--task_id"
             raise UserError(
                 f"{flag}: {csv_name(prefix, 'train', task)} is not in {folder} (tasks there: {_listed(present)})"
             )
+    ids = list(ids)
     every = {task: read_rows(folder / csv_name(prefix, "train", task)) for task in present}
     tests = {task: read_rows(folder / csv_name(prefix, "test", task)) for task in task_numbers(folder, prefix, "test")}
     for task in ids:
@@ -191,6 +193,8 @@ def _class_names(config: Config, record: dict, tables: list[Rows], folder: Path)
     if config.num_classes is not None:
         if config.num_classes < len(names):
             raise UserError(f"--num_classes {config.num_classes}: the data set in {folder} has {len(names)} classes")
+        if config.num_classes > MOST_CLASSES:
+            raise UserError(f"--num_classes {config.num_classes}: give at most {MOST_CLASSES}")
         names += [str(label) for label in range(len(names), config.num_classes)]
     return names
 
@@ -204,14 +208,14 @@ def _labels(folder: Path, prefix: str, tables: dict[tuple[str, int], Rows], name
         for image, label in rows:
             if label >= len(names):
                 raise UserError(
-                    f"{file}: {image} has the label {label}, unknown among {len(names)} classes (dataset.json)"
+                    f"{file}: {short(image)} has the label {label}, unknown among {len(names)} classes (dataset.json)"
                 )
-            if image.startswith(("/", "\\")) or ".." in image.replace("\\", "/").split("/") or "\0" in image:
-                raise UserError(f"{file}: {image!r} leaves the image root; give paths relative to it")
+            if leaves_root(image):
+                raise UserError(f"{file}: {short(image)!r} leaves the image root; give paths relative to it")
             if label_of.setdefault(image, label) != label:
-                raise UserError(f"{file}: {image} has the label {label}, elsewhere {label_of[image]}")
+                raise UserError(f"{file}: {short(image)} has the label {label}, elsewhere {label_of[image]}")
             if kind_of.setdefault(image, kind) != kind:
-                raise UserError(f"{file}: {image} is in training and test CSVs both")
+                raise UserError(f"{file}: {short(image)} is in training and test CSVs both")
     return label_of
 
 
@@ -258,7 +262,9 @@ def _replay_csv(
         own = dict(every[task])
         for image, label in (rows := read_rows(file)):
             if own.get(image) != label:
-                raise UserError(f"{file}: {image} is not in {csv_name(prefix, 'train', task)} with the label {label}")
+                raise UserError(
+                    f"{file}: {short(image)} is not in {csv_name(prefix, 'train', task)} with the label {label}"
+                )
         replay.append([image for image, _ in rows])
     say(f"replay: the images that the replay CSVs in {folder} name")
     return replay
@@ -271,21 +277,21 @@ def _image_root(config: Config, record: dict, folder: Path, prefix: str) -> Path
         )
     if record.get("image_root"):
         root = Path(record["image_root"])
-        if not root.is_dir():
+        if not os.path.isdir(root):  # False too where the name is longer than any may be
             raise UserError(
-                f"{folder / dataset_json.FILE} says the images are in {root}, which is not there: name the folder by --data_dir"
+                f"{folder / dataset_json.FILE} says the images are in {short(root)}, which is not there: name the folder by --data_dir"
             )
         return root
     return (TOP or Path.cwd()) / "data_dir" / prefix
 
 
 def _checked_images(root: Path, paths: list[str], prefix: str) -> dict[str, os.stat_result]:
-    stats = dict(zip(paths, file_stats(root, paths), strict=True))
+    stats = dict(zip(paths, stats_inside(root, paths), strict=True))
     missing = [path for path in paths if stats[path] is None]
     if missing:
         command = prepare_command(prefix, str(root))
         raise UserError(
-            f"{len(missing)} of {len(paths)} images are missing in {root} (first: {missing[0]}): name their folder by --data_dir, "
+            f"{len(missing)} of {len(paths)} images are missing in {root} (first: {short(missing[0])}): name their folder by --data_dir, "
             f"or make them: {command}"
         )
     return stats

@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import shutil
-import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,20 +22,22 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from lifequant import faults
+from lifequant.decode import decode, quiet
 from lifequant.errors import UserError
+from lifequant.lock import held
 from lifequant.memory import map_images
+from lifequant.untrusted import open_regular, stats_inside
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-_FORMAT = 1  # of the cached file; another one is another key
+_FORMAT = 2  # of the cached file; another one is another key
 _AHEAD = 64  # decoded images that may wait to be written, beside one a core
 
 Stats = Sequence["os.stat_result | None"]
@@ -59,18 +60,23 @@ def load_images(
 ) -> Tensor:
     """uint8 [len(paths), 3, size, size], from the cache or decoded now. ``mapped``: it stays in the file (memory.map_images).
 
-    ``stats``: ``file_stats(root, paths)``, where they are known. Raises UserError for what can't be decoded, and where
+    ``stats``: ``untrusted.stats_inside(root, paths)``, where they are known. Raises UserError for what can't be decoded, and where
     the cache can't be written but images must be mapped.
     """
-    cached = cache_dir / f"{name}-{_key(root, paths, size, stats or file_stats(root, paths))}.npy"
+    cached = cache_dir / f"{name}-{_key(root, paths, size, stats or stats_inside(root, paths))}.npy"
     shape = (len(paths), 3, size, size)
     images = _open(cached, shape, mapped)
     if images is not None:
         return images
     try:
-        with closing(_decoded(root, paths, size, say)) as decoded:
-            _build(cached, decoded, shape)
-        images = _open(cached, shape, mapped)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = cached.with_name(f"{cached.name}.lock")
+        with held(lock, lambda owner: say(f"waiting for {owner} to finish decoding")):
+            images = _open(cached, shape, mapped)  # by whom we have waited for
+            if images is None:
+                with closing(_decoded(root, paths, size, say)) as decoded:
+                    _build(cached, decoded, shape)
+                images = _open(cached, shape, mapped)
         if images is None:
             raise OSError(errno.EIO, "what was written can't be read")
         return images
@@ -83,21 +89,6 @@ def load_images(
     for place, image in enumerate(_decoded(root, paths, size, say)):
         whole[place] = image
     return torch.from_numpy(whole)
-
-
-def file_stats(root: Path, paths: Sequence[str]) -> list[os.stat_result | None]:
-    """Of each file; None where there is none. One call a file, since a large data set's files take seconds otherwise."""
-    found: list[os.stat_result | None] = []
-    top = f"{root}{os.sep}"
-    for path in paths:
-        try:
-            status = os.stat(top + path)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise
-            status = None
-        found.append(status if status and stat.S_ISREG(status.st_mode) else None)
-    return found
 
 
 def _key(root: Path, paths: Sequence[str], size: int, stats: Stats) -> str:
@@ -121,13 +112,13 @@ def _open(cached: Path, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
     """The images in a cache file; None where it is not there yet, or broken."""
     header, count = _header(shape), math.prod(shape)
     try:
-        with cached.open("rb") as file:
+        with open_regular(cached, len(header) + count) as file:
             if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != len(header) + count:
                 return None
             if mapped and count:
                 return map_images(file, len(header), shape)
             return torch.from_numpy(np.fromfile(file, np.uint8, count).reshape(shape))
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):  # UserError: larger, or no file at all
         return None
     except MemoryError:
         raise UserError(
@@ -137,7 +128,6 @@ def _open(cached: Path, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
 
 def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
     """Write ``images`` to the file ``cached``, whole or not at all. Raises OSError."""
-    cached.parent.mkdir(parents=True, exist_ok=True)
     _clear_left(cached.parent)
     header = _header(shape)
     temporary = cached.with_name(f"{cached.name}.{os.getpid()}-{secrets.token_hex(4)}")
@@ -170,35 +160,11 @@ def _clear_left(cache_dir: Path) -> None:
     """Remove what killed builds have left."""
     for left in cache_dir.glob("*.npy.*-*"):
         try:
-            with left.open("rb") as file:
+            with open_regular(left, 2**62) as file:
                 if _lock(file):
                     left.unlink(missing_ok=True)
-        except OSError:  # gone meanwhile, or someone else's
+        except (OSError, UserError):  # gone meanwhile, or someone else's
             pass
-
-
-def as_pixels(image: Image.Image, size: int) -> tuple[Tensor, str | None]:
-    """(uint8 [3, size, size], what had to be done to make it so or None)."""
-    done = [] if image.mode == "RGB" else [f"{image.mode} to RGB"]
-    image = image.convert("RGB")
-    width, height = image.size
-    if (width, height) != (size, size):
-        done.append(f"scaled to {size}x{size}" if width == height else f"scaled, and the middle cut to {size}x{size}")
-        short = min(width, height)
-        left, top = (width - short) // 2, (height - short) // 2
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1)), " and ".join(done) or None
-
-
-def decode(path: Path, size: int) -> tuple[Tensor, str | None]:
-    """``as_pixels`` of a file. Raises UserError for a broken image."""
-    try:
-        with Image.open(path) as image:
-            return as_pixels(image, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: this image can't be read ({error}): replace it, or take its row out of the CSV"
-        ) from None
 
 
 def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], None]) -> Iterator[np.ndarray]:
@@ -213,6 +179,7 @@ def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], N
     workers = os.cpu_count() or 1
     ahead = _AHEAD + workers
     with (
+        quiet(),
         ThreadPoolExecutor(workers) as pool,
         tqdm(None, "decoding", len(paths), unit=" images", leave=False, disable=None) as bar,
     ):

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from lifequant import checkpoint, faults, registry
-from lifequant.cli import one_line
+from lifequant import checkpoint, faults, lock, registry
 from lifequant.config import Config, free_names
 from lifequant.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing tells there whether a lock's owner lives
-    fcntl = None
 
 PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
 LOCK = ".lock"
@@ -33,46 +25,24 @@ def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
     The file says whose it is. A folder made for it goes with it where nothing else came into it. Raises UserError where
     another run has it.
     """
-    if fcntl is None or (job.exists() and not job.is_dir()):
+    if job.exists() and not job.is_dir():
         yield
         return
+
+    def busy(owner: str) -> None:
+        raise UserError(f"--job_dir {job} is in use by {owner}: wait for it, or choose another --job_dir")
+
     made = [folder for folder in (job, *job.parents) if not folder.exists()]
     job.mkdir(parents=True, exist_ok=True)
-    path = job / LOCK
-    file = path.open("a+", encoding="utf-8")
     try:
-        with file:
-            _take(file, path, say)
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        with lock.held(
+            job / LOCK, busy, lambda owner: say(f"--job_dir {job}: {owner} had it and has died; taken over")
+        ):
+            yield
     finally:
         for folder in made:
             with contextlib.suppress(OSError):  # it is in use now
                 folder.rmdir()
-
-
-def _take(file: TextIO, path: Path, say: Callable[[str], None]) -> None:
-    """Lock, say whose the lock was, write whose it is now. Raises UserError."""
-    me = f"process {os.getpid()} on {socket.gethostname()}"
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = one_line(file.read(200).strip()) or "another process"
-        raise UserError(
-            f"--job_dir {path.parent} is in use by {owner}: wait for it, or choose another --job_dir"
-        ) from None
-    except OSError as error:  # a file system without locks
-        say(f"{path.parent} can't be locked ({error.strerror}): nothing keeps a second run out of it")
-        return
-    file.seek(0)
-    if owner := one_line(file.read(200).strip()):
-        say(f"--job_dir {path.parent}: {owner} had it and has died; taken over")
-    file.truncate(0)
-    file.write(me)
-    file.flush()
 
 
 @contextlib.contextmanager

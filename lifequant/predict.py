@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from lifequant import checkpoint
 from lifequant.augment import normalise
 from lifequant.config import Config
+from lifequant.decode import as_pixels, decode
 from lifequant.errors import UserError
-from lifequant.images import as_pixels
 
 
 def load(job_dir: str | Path) -> nn.Module:
     """The model of a run, in eval mode, with ``class_names`` (list of str) and ``preprocess`` (image -> input).
 
     ``job_dir`` is a run's folder or a model_best.pt. ``model.preprocess(image)`` takes a path or a PIL image and gives
-    float32 [1, 3, size, size], as in training. Raises UserError.
+    float32 [1, 3, size, size], as in training. Both raise UserError.
 
     >>> model = lifequant.load("experiment/quickstart/ours")  # doctest: +SKIP
     >>> model.class_names[model(model.preprocess("seven.png")).argmax()]  # doctest: +SKIP
@@ -38,10 +38,8 @@ def load(job_dir: str | Path) -> nn.Module:
     size = state["preprocessing"]["image_size"]
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:
-        if isinstance(image, Image.Image):
-            return normalise(as_pixels(image, size)[0][None])
-        with Image.open(image) as opened:
-            return normalise(as_pixels(opened, size)[0][None])
+        pixels, _ = as_pixels(image, size) if isinstance(image, Image.Image) else decode(Path(image), size)
+        return normalise(pixels[None])
 
     model.class_names, model.preprocess = state["class_names"], preprocess
     return model.eval()

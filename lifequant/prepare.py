@@ -22,12 +22,14 @@ from .cli import Parser, one_line, whole
 from .errors import UserError
 from .files import checked_name, write_all
 from .split import lowest, share_of_each
+from .untrusted import read_text
 
 DATASETS = ("cifar10", "cifar100", "digits")
 SPLITS = ("train", "test")
 SIZE = 32
 NOTE = ".prepared.json"
 DOWNLOAD = ".download"
+_MOST_IMAGES = 10**6  # of a class, as a note may say
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,24 @@ def main_prepare(argv: Sequence[str]) -> int:
 def _read_note(out: Path, dataset: str) -> dict | None:
     """What ``out`` was begun with. Raises UserError for another data set, and for images this program did not write."""
     try:
-        note = json.loads((out / NOTE).read_text(encoding="utf-8"))
+        note = json.loads(read_text(out / NOTE, 2**20))
         if note["dataset"] != dataset:
             raise UserError(f"{out} holds {note['dataset']}: choose another --out")
         if any(len(note["counts"][split]) != len(note["classes"]) for split in SPLITS) or not note["origin"]:
             raise ValueError
+        if not all(isinstance(n, int) and 0 <= n <= _MOST_IMAGES for split in SPLITS for n in note["counts"][split]):
+            raise ValueError
+        if not all(isinstance(name, str) for name in note["classes"]):
+            raise ValueError
+        if len(note["classes"]) > 1000:
+            raise ValueError
+        _checked(note["classes"])  # they name folders
         return note
     except FileNotFoundError:
         if any((out / split).exists() for split in SPLITS):
             raise UserError(f"{out} holds images that this program did not write: choose another --out") from None
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{out / NOTE} is damaged: delete {out}, or choose another --out") from None
 
 
