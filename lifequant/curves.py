@@ -80,6 +80,7 @@ class Curves:
                 done += self.file.write(memoryview(self.waiting)[done:])
         except OSError as error:
             self.file.truncate(self.size)  # an event's half would hide all after it
+            self.file.seek(self.size)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.size += done
         self.synced = False
