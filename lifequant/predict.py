@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor, nn
 
-from lifequant import checkpoint
+from lifequant import checked, checkpoint
 from lifequant.augment import normalise
-from lifequant.config import Config
 from lifequant.errors import UserError
 from lifequant.images import as_pixels
 
@@ -30,12 +28,11 @@ def load(job_dir: str | Path) -> nn.Module:
     if found is None:
         raise UserError(f"{path}: no such model; a run writes it at its end")
     state = checkpoint.read(found, "model")
-    known = {f.name for f in fields(Config)}
-    settings = {name: value for name, value in state["config"].items() if name in known}
-    config = Config(**settings, options=state["options"])
-    model = checkpoint.build(config, len(state["class_names"]))
+    config, names = checked.model_config(state, found), checked.model_classes(state, found)
+    size = checked.image_size(state, found)
+    with checked.loading(found, "config"):
+        model = checkpoint.build(config, len(names))
     checkpoint.load_strictly(found, model, state["model"])
-    size = state["preprocessing"]["image_size"]
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:
         if isinstance(image, Image.Image):
@@ -43,5 +40,5 @@ def load(job_dir: str | Path) -> nn.Module:
         with Image.open(image) as opened:
             return normalise(as_pixels(opened, size)[0][None])
 
-    model.class_names, model.preprocess = state["class_names"], preprocess
+    model.class_names, model.preprocess = names, preprocess
     return model.eval()
