@@ -68,7 +68,8 @@ def content(state: dict[str, Any], path: Path) -> dict[str, Any]:
             if not isinstance(state["config"].get(name), str):
                 misfit(path, f"config, {name}", state["config"].get(name))
         for name, value in state["config"].items():
-            if not isinstance(value, str | int | float | list | type(None)):
+            long = isinstance(value, str | list) and len(value) > 4096
+            if long or not isinstance(value, str | int | float | list | type(None)):
                 misfit(path, f"config, {shown(name)}", value)
     return state
 
