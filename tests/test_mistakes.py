@@ -24,7 +24,9 @@ def test_they_are_many():
 def test_one_line(block, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found, codes = mistakes.play(block, tiny, tmp_path)
-    assert found == block and codes == [2]
+    assert found.replace("'", "") == block.replace("'", "") and codes == [
+        2
+    ]  # argparse quotes choices before Python 3.12
     assert block.count("\nlifequant: error: ") == 1 and not (tmp_path / "experiment").exists()
 
 
