@@ -127,6 +127,8 @@ def _history(path: Path, fresh: Mapping[str, Any], history: Mapping[str, Any], r
             good = len(theirs) == place and all(isinstance(r, list) and len(r) == len(run.data.ids) for r in theirs)
         if good and name in ("tasks", "training"):
             good = len(theirs) == place and all(isinstance(row, dict) for row in theirs)
+        if good and isinstance(ours, dict):  # bytes, seconds
+            good = all(isinstance(value, _NUMBERS) for value in theirs.values())
         if not good or not _numbers(theirs):
             misfit(path, f"history, {name}", theirs)
 
