@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from lifequant import signals
-from lifequant.cli import run_main
+from lifequant.cli import one_line, run_main
 
 
 def train(argv: Sequence[str]) -> int:
@@ -36,8 +38,26 @@ def train(argv: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Exit code of the command line."""
-    return run_main(train)
+    """Exit code of the command line; after a fault of our own 1, with its traceback and a line on what to do."""
+    try:
+        return run_main(train)
+    except Exception:  # what is the user's to mend run_main has said
+        traceback.print_exc()
+        print(f"lifequant: {one_line(_what_to_do(sys.argv[1:]))}", file=sys.stderr)
+        return 1
+
+
+def _what_to_do(argv: Sequence[str]) -> str:
+    """To report a fault, and where the run's state lies."""
+    from lifequant import checkpoint, options
+
+    report = "this is a fault of LifeQuant's: please report it with the lines above"
+    try:
+        last = Path(options.parse(argv)[0].job_dir) / "checkpoint" / "last.pt"
+        state, last = checkpoint.read_last(last, lambda _: None)
+    except Exception:  # whatever it is, it must not hide the fault
+        return f"{report}; there is no checkpoint to go on with"
+    return f"{report}; the state at task {state['place']}, step {state['step']} is in {last}: --resume goes on with it"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lifequant import faults, registry
+from lifequant import checked, faults, registry
 from lifequant.augment import MEAN, STD
 from lifequant.config import Config
 from lifequant.errors import UserError
@@ -100,6 +100,7 @@ def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str,
     try:
         if not whole(path):
             raise ValueError
+        checked.archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
@@ -110,9 +111,10 @@ def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str,
     if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("kind") != kind:
         what = state.get("kind") if isinstance(state, dict) else None
         raise UserError(
-            f"{path}: not a {kind} checkpoint of schema {SCHEMA}" + (f" (it is a {what} checkpoint)" if what else "")
+            f"{path}: not a {kind} checkpoint of schema {SCHEMA}"
+            + (f" (it is a {checked.shown(what)} checkpoint)" if what else "")
         )
-    return state
+    return checked.content(state, path)
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
@@ -165,11 +167,14 @@ def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) 
     Raises UserError where architecture or class count differ.
     """
     state = read(path, "model")
+    checked.model_config(state, path)
     theirs, weights = state["config"], state["model"]
+    checked.finite(weights, path)
     same = {"target_model": config.target_model, "shortcut": config.shortcut}
     for name, ours in same.items():
         if theirs.get(name) != ours:
             raise UserError(f"{path}: its {name} is {theirs.get(name)}, this run's is {ours}")
+    checked.model_classes(state, path)
     if len(state["class_names"]) != num_classes:
         raise UserError(f"{path}: it has {len(state['class_names'])} classes, the data set has {num_classes}")
     theirs = {"act_quantizer": theirs["quantizer"], "per_channel": False, "layer_bits": None, **theirs}
@@ -185,12 +190,16 @@ def _of_quantizer(key: str) -> bool:
     return any(part in ("weight_quant", "act_quant") for part in key.split("."))
 
 
+def _form(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return value.shape, value.dtype
+
+
 def load_strictly(path: Path, model: nn.Module, weights: dict[str, Any], partly: bool = False) -> None:
     """Load; with ``partly`` the quantizers' own entries may lack. Raises UserError for any other misfit."""
     ours = model.state_dict()
     for name, value in weights.items():
-        if name not in ours or not torch.is_tensor(value) or ours[name].shape != value.shape:
-            raise UserError(f"{path}: its {name!r} does not fit this network")
+        if name not in ours or not torch.is_tensor(value) or _form(ours[name]) != _form(value):
+            raise UserError(f"{path}: its {checked.shown(name)} does not fit this network")
     lacking = [name for name in ours if name not in weights and not (partly and _of_quantizer(name))]
     if lacking:
         raise UserError(f"{path}: it has no {lacking[0]!r}, which this network needs")

@@ -104,7 +104,8 @@ def _files(source: Path, wanted: Collection[str], official: Any) -> dict[str, by
         except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise UserError(f"--source {source}: damaged, or not a tar archive ({error}); {hint}") from None
+            why = str(error).split("\n")[0].rstrip(":")  # what each kind of compression says follows
+            raise UserError(f"--source {source}: damaged, or not a tar archive ({why}); {hint}") from None
     else:
         raise UserError(f"--source {source}: no such file or folder; {hint}")
     lacking = [name for name in wanted if name not in found]

@@ -117,7 +117,7 @@ class Config:
     distill: float = flag(0.0, METHOD, "distillation from the former task's quantized model: its weight", type=real(0))
     distill_temperature: float = flag(2.0, METHOD, "distillation's temperature", type=real(above=0))
     ema: float = flag(
-        0.0, METHOD, "moving average of the weights, which is evaluated: its decay, as 0.99", type=real(0)
+        0.0, METHOD, "moving average of the weights, which is evaluated: its decay, as 0.99", type=below_one
     )
     head_epochs: int = flag(0, METHOD, "class-balanced epochs of the head alone at a task's end", type=whole(0))
     nme: bool = switch(False, METHOD, "report the nearest mean of exemplars' accuracy beside the head's")
@@ -128,9 +128,11 @@ class Config:
     shortcut: str = flag("A", QUANT, "A: no weights; conv: the authors' quantized 1x1", choices=["A", "conv"])
     quantizer: str = flag("", QUANT, "quantizer (default: proxq for ours, lsq for the others)")
     act_quantizer: str = flag("", QUANT, "quantizer of the activations (default: the same)")
-    bitW: int = flag(4, QUANT, "bits of the weights", type=int, choices=BIT_WIDTHS)
-    abitW: int = flag(0, QUANT, "bits of the activations (default: bitW)", type=int, choices=BIT_WIDTHS)
-    first_last_bits: int = flag(8, QUANT, "bits of the first and last layer below 32", type=int, choices=BIT_WIDTHS)
+    bitW: int = flag(4, QUANT, "bits of the weights", type=whole(1), choices=BIT_WIDTHS)
+    abitW: int = flag(0, QUANT, "bits of the activations (default: bitW)", type=whole(1), choices=BIT_WIDTHS)
+    first_last_bits: int = flag(
+        8, QUANT, "bits of the first and last layer below 32", type=whole(1), choices=BIT_WIDTHS
+    )
     layer_bits: str | None = flag(None, QUANT, "other bits for some layers: layer3.*=8,fc=4/8 (weights/activations)",
                                   type=layer_bits, metavar="PATTERN=BITS")  # fmt: skip
     per_channel: bool = switch(False, QUANT, "a weight step for each output channel instead of one a tensor")

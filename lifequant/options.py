@@ -90,6 +90,19 @@ def _method_and_quantizer(given: dict[str, Any]) -> tuple[str, str]:
     return method, quantizer
 
 
+def _refuse_anothers(argv: Sequence[str], parser: Parser, chosen: dict[str, str]) -> None:
+    """Raises UserError for an own flag of a method or quantizer that this run does not use."""
+    for flag in (word.split("=", 1)[0] for word in argv if word.startswith("--")):
+        for kind in chosen if flag not in parser._option_string_actions else ():
+            for name in (name for name in registry.names(kind) if flag.startswith(f"--{name}_")):
+                theirs = argparse.ArgumentParser()
+                (registry.method if kind == "method" else registry.quantizer_class)(name).add_args(theirs)
+                if flag in theirs._option_string_actions:
+                    raise UserError(
+                        f"{flag} is a flag of the {kind} {name}, this run's is {chosen[kind]}: leave it out"
+                    )
+
+
 def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """The Config of a command line, and the lines that should be said once (flags without effect, what was understood)."""
     first = Parser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -99,6 +112,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     method, quantizer = _method_and_quantizer(typed)
     act_quantizer = typed.get("act_quantizer") or quantizer
     parser, own = build_parser(method, quantizer, act_quantizer)
+    _refuse_anothers(argv, parser, {"method": method, "quantizer": quantizer})
     given = vars(parser.parse_args(list(argv)))
     notes = [f"--{name} has no effect: {reason}" for name, reason in INERT.items() if given.pop(name, None) is not None]
     options = {name: given.pop(name) for name in own}

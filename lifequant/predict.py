@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor, nn
 
-from lifequant import checkpoint
+from lifequant import checked, checkpoint
 from lifequant.augment import normalise
-from lifequant.config import Config
 from lifequant.decode import as_pixels, decode
 from lifequant.errors import UserError
 
@@ -30,16 +28,15 @@ def load(job_dir: str | Path) -> nn.Module:
     if found is None:
         raise UserError(f"{path}: no such model; a run writes it at its end")
     state = checkpoint.read(found, "model")
-    known = {f.name for f in fields(Config)}
-    settings = {name: value for name, value in state["config"].items() if name in known}
-    config = Config(**settings, options=state["options"])
-    model = checkpoint.build(config, len(state["class_names"]))
+    config, names = checked.model_config(state, found), checked.model_classes(state, found)
+    size = checked.image_size(state, found)
+    with checked.loading(found, "config"):
+        model = checkpoint.build(config, len(names))
     checkpoint.load_strictly(found, model, state["model"])
-    size = state["preprocessing"]["image_size"]
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:
         pixels, _ = as_pixels(image, size) if isinstance(image, Image.Image) else decode(Path(image), size)
         return normalise(pixels[None])
 
-    model.class_names, model.preprocess = state["class_names"], preprocess
+    model.class_names, model.preprocess = names, preprocess
     return model.eval()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lifequant import checkpoint, faults, job, metrics
+from lifequant import checked_results, checkpoint, faults, job, metrics
 from lifequant.checks import refuse_divergence, warn_of
 from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.data import DataSet
@@ -250,10 +250,10 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """results.json of a finished run, None where there is none."""
+    """results.json of a finished run, None where there is none. Raises UserError for what no run wrote."""
     try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return checked_results.read(folder / "results.json", checked_results.TABLE)
+    except FileNotFoundError:
         return None
 
 

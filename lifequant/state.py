@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant import checkpoint, data, distributed, job, registry, results
+from lifequant import checked, checked_run, checkpoint, data, distributed, job, registry, results
 from lifequant.average import WeightAverage
 from lifequant.background import Writer
 from lifequant.clock import Clock
@@ -140,17 +140,22 @@ class Run:
             raise UserError(
                 f"{path}: its run had {state['processes']} processes, now there are {distributed.world_size()}: go on with as many"
             )
+        checked_run.fits(state, self, path)
         checkpoint.load_strictly(path, self.model, state["model"])
         self.place, self.step, self.best = state["place"], state["step"], state["best"]
         self.history, self.log.warnings = state["history"], list(state["warnings"])
         self.clock = Clock(self.history, self.clock.since)
         self.sums.copy_(state["sums"])
         self.epoch_sums.copy_(state["epoch_sums"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.method.load_state_dict(state["method"])
-        if self.guard is not self.method:
-            self.guard.load_state_dict(state["penalty"])
-        self.steps.bounded_updates.copy_(state["bounded"])
-        for name in ("average", "oscillations"):
-            if state[name] is not None and getattr(self, name) is not None:
-                getattr(self, name).load_state_dict(state[name])
+        with checked.loading(path, "optimizer's, method's or penalty's state"):
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_state_dict(state["method"])
+            if self.guard is not self.method:
+                self.guard.load_state_dict(state["penalty"])
+            self.steps.bounded_updates.copy_(state["bounded"])
+            for name in ("average", "oscillations"):
+                if state[name] is not None and getattr(self, name) is not None:
+                    getattr(self, name).load_state_dict(state[name])
+            with torch.no_grad():
+                if self.place or self.step:
+                    self.guard.penalty(self.model)  # what doesn't fit fails here, not in the midst of training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 if find_spec("lifequant") is None:  # a bare clone that was not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lifequant import checked_results
 from lifequant.errors import UserError
 
-SCHEMA = 1
 NEEDED = (
     "config",
     "tasks",
@@ -33,13 +32,9 @@ def read(given: str) -> tuple[str, dict[str, Any]]:
     path = Path(given)
     path = path / "results.json" if path.is_dir() else path
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = checked_results.read(path, NEEDED)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run writes its results.json at its end") from None
-    except ValueError:
-        results = None
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA or any(key not in results for key in NEEDED):
-        raise UserError(f"{path}: not a results.json of schema {SCHEMA}")
     return path.resolve().parent.name, results
 
 

@@ -50,7 +50,7 @@ def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
         ("--source_model resnet56", ["--source_model resnet56 does not fit"]),
         ("--preset paper --method replay", ["--preset paper"]),
         ("--num_epoch 3", ["unknown flag --num_epoch", "did you mean '--num_epochs'"]),
-        ("--method replay --proxq_c 3", ["unknown flag --proxq_c"]),
+        ("--method replay --proxq_c 3", ["--proxq_c is a flag of the quantizer proxq"]),
         ("--lr 0.1 0.2", ["unexpected argument '0.2'"]),
         ("--pretrained True", ["--source_file"]),
         ("--act_quantizer lsqq", ["unknown quantizer", "did you mean 'lsq"]),

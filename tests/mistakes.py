@@ -1,0 +1,82 @@
+"""docs/mistakes.md: sessions of a terminal, run as they stand there. ``python tests/mistakes.py`` writes the answers anew.
+
+A block is a new folder with images/ and the task CSVs csvs/ of two tasks. A line ``$ python <program> ...`` is run through that
+program's own main, any other ``$`` line by a shell; below a program's line stands what it says on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tiny import Tiny, write_csvs, write_images
+
+from lifequant.__main__ import train
+from lifequant.cli import run_main
+from lifequant.files import TOP
+from lifequant.generate import main_tasks
+from lifequant.prepare import main_prepare
+from lifequant.replay_csv import main_replay
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "mistakes.md"
+PROGRAMS = {
+    "main.py": train,
+    "lifeLongDataGeneator.py": main_tasks,
+    "replayDataGenerator.py": main_replay,
+    "prepare_images.py": main_prepare,
+}
+BLOCK = re.compile(r"```console\n(.*?)```", re.S)
+
+
+def blocks() -> list[str]:
+    """The sessions of the page."""
+    return BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+
+
+def play(block: str, tiny: Tiny, folder: Path) -> tuple[str, list[int]]:
+    """The block with the answers that its programs give in ``folder``, and their exit codes."""
+    shutil.copytree(tiny.images, folder / "images")
+    shutil.copytree(tiny.csvs, folder / "csvs")
+    lines, codes = [], []
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for line in (line for line in block.splitlines() if line.startswith("$ ")):
+            lines.append(line)
+            words = shlex.split(line[2:]) if line.startswith("$ python ") else []
+            if not words:
+                subprocess.run(["bash", "-c", line[2:]], check=True, stdin=subprocess.DEVNULL)
+                continue
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                codes.append(run_main(PROGRAMS[words[1]], words[2:]))
+            text = said.getvalue().replace(str(folder), "/work").replace(os.path.relpath(TOP), "lifequant")
+            lines.append(text.replace(str(TOP), "/lifequant").rstrip("\n"))
+    finally:
+        os.chdir(before)
+    return "\n".join(lines) + "\n", codes
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as top:
+        images = write_images(Path(top) / "images")
+        csvs = write_csvs(images, Path(top) / "csvs")
+        tiny, count = Tiny(images, csvs, csvs), iter(range(10**6))
+
+        def anew(found: re.Match[str]) -> str:
+            folder = Path(top) / str(next(count))
+            folder.mkdir()
+            return f"```console\n{play(found[1], tiny, folder)[0]}```"
+
+        PAGE.write_text(BLOCK.sub(anew, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
