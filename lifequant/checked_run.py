@@ -87,12 +87,14 @@ def _part(path: Path, name: str, part: Mapping[str, Any], run: Run) -> None:
             if value:
                 _stored(path, where, value, rows, classes)
         elif isinstance(value, Tensor):
-            if value.dim() > 1 or value.numel() > largest:
+            if value.dim() > 1 or value.numel() > largest or value.is_complex():
                 misfit(path, where, value)
         elif isinstance(value, dict):
             for inner in value.values():
-                if not isinstance(inner, Tensor) or (
-                    inner.numel() not in weights and inner.dim() > 1 and inner.numel() > max(weights)
+                if (
+                    not isinstance(inner, Tensor)
+                    or inner.is_complex()
+                    or (inner.numel() not in weights and inner.dim() > 1 and inner.numel() > max(weights))
                 ):
                     misfit(path, where, inner)
         elif not isinstance(value, int | float | type(None)) or not abs(value or 0) < LARGEST_COUNT:

@@ -70,8 +70,8 @@ def write_bytes(path: Path, content: bytes | memoryview, previous: Path | None =
         temporary.unlink(missing_ok=True)
 
 
-def whole(path: Path) -> bool:
-    """Whether a checkpoint's content is what was written. Raises OSError."""
+def whole(path: Path) -> bool | None:
+    """Whether a checkpoint's content is what was written; None where it has no checksum. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
@@ -79,7 +79,7 @@ def whole(path: Path) -> bool:
             digest.update(part)
             left -= len(part)
         found = _COMMENT.fullmatch(file.read())
-    return found is not None and found[1].decode() == digest.hexdigest()
+    return None if found is None else found[1].decode() == digest.hexdigest()
 
 
 def read_last(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
@@ -98,7 +98,8 @@ def read_last(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], P
 def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint of that kind. Raises UserError for anything else."""
     try:
-        if not whole(path):
+        checksum = whole(path)
+        if checksum is False:
             raise ValueError
         checked.archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
@@ -114,6 +115,8 @@ def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str,
             f"{path}: not a {kind} checkpoint of schema {SCHEMA}"
             + (f" (it is a {checked.shown(what)} checkpoint)" if what else "")
         )
+    if checksum is None:
+        raise UserError(f"{path}: it has lost its checksum, so it is broken")
     return checked.content(state, path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +30,7 @@ def held(path: Path, busy: Callable[[str], None], dead: Callable[[str], None] = 
             dead(former)
         os.ftruncate(number, 0)
         os.lseek(number, 0, os.SEEK_SET)
-        os.write(number, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(number, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held: the next one sees that its file is gone, and makes another
