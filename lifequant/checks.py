@@ -16,11 +16,11 @@ MUCH_BOUNDED = 0.05  # of the updates of a step size
 
 
 def refuse_divergence(run: Run, value: float) -> None:
-    """Raises UserError where a loss, or what a model says of test images, is not finite."""
+    """Raises UserError where a mean loss, or what a model says of test images, is not finite; see finite.py for steps."""
     if not math.isfinite(value):
         raise UserError(
             f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.place]}, step {run.step}: "
-            "begin anew with a smaller --lr, or a smaller --ll_lambda where there is a penalty"
+            "what the model computes is not finite; begin anew with a smaller --lr, --ll_lambda or --step_lr"
         )
 
 

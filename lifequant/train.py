@@ -23,6 +23,7 @@ from lifequant.average import WeightAverage
 from lifequant.config import Config
 from lifequant.device import deterministic, pick_device, wants_compile
 from lifequant.evaluate import validation_top1
+from lifequant.finite import leave_out
 from lifequant.head import train_head
 from lifequant.log import Log, table
 from lifequant.memory import send
@@ -55,10 +56,13 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     optimizer.zero_grad()  # before the forward: a CUDA graph takes back the memory of the former step's gradients
     if run.compiled and run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
+    run.watch.before()
     logits, task_loss, penalty = run.losses(run.with_teacher(batch))
     penalty = run.config.ll_lambda * penalty
     (task_loss + penalty).backward()
     distributed.average_gradients(model)
+    if not run.watch.fine([task_loss, penalty], factor * run.config.lr):
+        return leave_out(run, batch, save)
     for hook in run.hooks:
         hook.after_backward(model)
     with torch.no_grad():
@@ -103,6 +107,7 @@ def train_task(run: Run, task: Task) -> None:
         disable=distributed.rank() > 0 or None,
     )
     run.model.train()
+    run.watch.keep(run)
     while run.step < steps:
         run.clock.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
@@ -121,7 +126,9 @@ def train_task(run: Run, task: Task) -> None:
         run.clock.switch("logging")
         bar.update()
         if run.step % config.print_freq == 0 or run.step == steps:
-            results.read_window(run, curves, bar, config.lr * factor)
+            if not results.read_window(run, curves, bar, config.lr * factor):
+                order = None  # gone back to the last reading
+                continue
         if run.step % steps_per_epoch == 0:
             end_epoch(run, task, epoch, curves)
         if run.clock.since_checkpoint() > config.checkpoint_seconds and run.step < steps:
