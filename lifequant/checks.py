@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from lifequant.diagnosis import diagnose_evaluation
 from lifequant.errors import UserError
 from lifequant.quantizers.base import STEP_FLOOR
 from lifequant.quantizers.layers import fake_quants
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 MUCH_BOUNDED = 0.05  # of the updates of a step size
 
 
-def refuse_divergence(run: Run, value: float) -> None:
+def refuse_divergence(run: Run, value: float, evaluated: bool = False) -> None:
     """Raises UserError where a mean loss, or what a model says of test images, is not finite; see finite.py for steps."""
     if not math.isfinite(value):
+        why = diagnose_evaluation(run) if evaluated else "the mean loss is not finite"
         raise UserError(
             f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.place]}, step {run.step}: "
-            "what the model computes is not finite; begin anew with a smaller --lr, --ll_lambda or --step_lr"
+            f"{why}. No step can be left out for it; begin anew with a smaller --lr, --ll_lambda or --step_lr"
         )
 
 

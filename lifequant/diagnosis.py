@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lifequant.augment import normalise
 from lifequant.losses import distillation
-from lifequant.quantizers.layers import trial
+from lifequant.memory import take
+from lifequant.quantizers.layers import no_rounding, trial
 
 if TYPE_CHECKING:
     from lifequant.methods.base import Batch
@@ -23,8 +26,9 @@ def diagnose(run: Run, batch: Batch) -> str:
     and changes nothing of the run.
     """
     batch = run.with_teacher(batch)
-    logits, output = watched_forward(run, batch.x)
-    terms = loss_terms(run, logits, batch)
+    with trial(run.model), run.autocast():
+        logits, output = watched_forward(run.model, batch.x)
+    terms = loss_terms(run, logits.float(), batch)
     bad = [f"the {name} is {value:g}" for name, value in terms.items() if not is_finite(value)]
     said = bad or ["the largest term of the loss is the {} ({:g})".format(*max(terms.items(), key=lambda kv: abs(kv[1])))]
     weight = first_bad(run.model.named_parameters())
@@ -40,13 +44,30 @@ def diagnose(run: Run, batch: Batch) -> str:
     elif buffer:
         where = f"{buffer} is not finite"
     else:
-        largest = max(gradients, key=lambda pair: pair[1].abs().max().item(), default=None)
-        where = f"the largest gradient is that of {largest[0]} ({largest[1].abs().max().item():.3g})" if largest else ""
+        values = [("gradient", *pair) for pair in gradients] + [("value", *pair) for pair in run.model.named_parameters()]
+        kind, name, value = max(values, key=lambda entry: largest(entry[2]))
+        where = f"all is too large, the largest {kind} that of {name} ({largest(value):.3g})"
     return f"{', '.join(said)}; {where}"
+
+
+def diagnose_evaluation(run: Run) -> str:
+    """One line on test images of which what the model computes is not finite."""
+    store = run.data.test
+    for how, context in (("", nullcontext()), (" with rounding and clamping off", no_rounding(run.model))):
+        with context, trial(run.model, train=False):
+            for rows in torch.arange(len(store.paths)).split(run.config.eval_batch_size):
+                x = normalise(take(store.images, rows, run.device))
+                if layer := watched_forward(run.model.eval(), x)[1]:
+                    return f"of test images{how} the first layer with an output that is not finite is {layer}"
+    return "the quantization error of test images is too large for float32"
 
 
 def is_finite(value: float | Tensor) -> bool:
     return bool(torch.isfinite(torch.as_tensor(value)).all())
+
+
+def largest(value: Tensor) -> float:
+    return value.detach().abs().max().item()
 
 
 def first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -55,8 +76,8 @@ def first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 @torch.no_grad()
-def watched_forward(run: Run, x: Tensor) -> tuple[Tensor, str | None]:
-    """(logits [N, C], the module whose output was the first that is not finite), the model's buffers as before."""
+def watched_forward(model: nn.Module, x: Tensor) -> tuple[Tensor, str | None]:
+    """(logits [N, C], the module whose output was the first that is not finite, None where all are finite)."""
     found: list[str] = []
 
     def look(name: str, output: object) -> None:
@@ -65,11 +86,10 @@ def watched_forward(run: Run, x: Tensor) -> tuple[Tensor, str | None]:
 
     handles = [
         module.register_forward_hook(lambda _, args, output, name=name: look(name, output))
-        for name, module in run.model.named_modules()
+        for name, module in model.named_modules()
     ]
     try:
-        with trial(run.model), run.autocast():
-            logits = run.model(x).float()
+        logits = model(x)
     finally:
         for handle in handles:
             handle.remove()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lifequant.methods.base import Batch
     from lifequant.state import Run
 
-LIMIT = 1e30  # float32 ends at 3.4e38: a momentum of 0.9 makes 10 of an update of 1
+LIMIT = 1e18  # of a diverged run alone; its square is finite in float32, which ends at 3.4e38
 MOST_IN_A_ROW = 100  # steps left out one after another: nothing is being learnt any more
 REMEDY = "a smaller --lr, --ll_lambda or --step_lr"
 

@@ -133,7 +133,7 @@ def end_task(run: Run, task: Any) -> None:
         if run.config.nme:
             exemplars = run.data.stored(place + 1, run.config)
             history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
-    refuse_divergence(run, sum(scores.error))
+    refuse_divergence(run, sum(scores.error), evaluated=True)
     for name, row in (
         ("top1", scores.top1),
         ("top5", scores.top5),
