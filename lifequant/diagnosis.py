@@ -30,7 +30,9 @@ def diagnose(run: Run, batch: Batch) -> str:
         logits, output = watched_forward(run.model, batch.x)
     terms = loss_terms(run, logits.float(), batch)
     bad = [f"the {name} is {value:g}" for name, value in terms.items() if not is_finite(value)]
-    said = bad or ["the largest term of the loss is the {} ({:g})".format(*max(terms.items(), key=lambda kv: abs(kv[1])))]
+    said = bad or [
+        "the largest term of the loss is the {} ({:g})".format(*max(terms.items(), key=lambda kv: abs(kv[1])))
+    ]
     weight = first_bad(run.model.named_parameters())
     gradients = [(name, p.grad) for name, p in run.model.named_parameters() if p.grad is not None]
     gradient = first_bad(reversed(gradients))  # the backward pass begins at the last layer
@@ -44,7 +46,9 @@ def diagnose(run: Run, batch: Batch) -> str:
     elif buffer:
         where = f"{buffer} is not finite"
     else:
-        values = [("gradient", *pair) for pair in gradients] + [("value", *pair) for pair in run.model.named_parameters()]
+        values = [("gradient", *pair) for pair in gradients] + [
+            ("value", *pair) for pair in run.model.named_parameters()
+        ]
         kind, name, value = max(values, key=lambda entry: largest(entry[2]))
         where = f"all is too large, the largest {kind} that of {name} ({largest(value):.3g})"
     return f"{', '.join(said)}; {where}"
@@ -111,4 +115,3 @@ def loss_terms(run: Run, logits: Tensor, batch: Batch) -> dict[str, float]:
     terms[f"penalty{guard} on outputs times ll_lambda"] = config.ll_lambda * run.guard.output_penalty(logits, batch)
     values = {name: float(value) for name, value in terms.items()}
     return {name: value for name, value in values.items() if value != 0 or name == "task loss"}
-

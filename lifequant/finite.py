@@ -36,7 +36,7 @@ REMEDY = "a smaller --lr, --ll_lambda or --step_lr"
 
 
 class Watch:
-    """Looks at each step's numbers. About 0.5 ms a step of ResNet-20 on a CPU; ``late``: no device synchronisation."""
+    """Looks at each step's numbers. About 1 ms a step of ResNet-20 on a CPU, 0.3 % at batches of 128; ``late``: no device synchronisation."""
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
         self.skips = config.on_nan == "skip"
@@ -67,12 +67,8 @@ class Watch:
     def _largest(self, losses: list[Tensor], lr: float) -> Tensor:
         """A bound on all that this step makes, NaN where something is: scalar float32, of all processes alike."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        most = torch._foreach_norm([*self.parameters, *gradients, *self.floating], torch.inf)
-        sizes = torch.stack([value.float() for value in most])
-        weight = sizes[: len(self.parameters)].amax()
-        gradient = sizes[len(self.parameters) : len(self.parameters) + len(gradients)].amax()
-        loss = torch.stack([value.detach().abs().float() for value in losses])
-        others = torch.cat([loss, sizes[len(self.parameters) + len(gradients) :]]).amax()
+        weight, gradient = largest(self.parameters), largest(gradients)
+        others = largest([*self.floating, *losses])
         after = weight + max(lr, 1.0) * (gradient + self.decay * weight)
         return distributed.total(torch.maximum(after, others))
 
@@ -105,6 +101,15 @@ class Watch:
         run.clock, self.late, self.kept = clock, False, None
 
 
+def largest(tensors: list[Tensor]) -> Tensor:
+    """The largest magnitude in dense tensors of one type and device, NaN where there is one: scalar. No synchronisation."""
+    if tensors[0].is_cuda:
+        return torch.stack(torch._foreach_norm(tensors, torch.inf)).amax()
+    # In the order of memory, whatever the layout: half the time of a norm each, on a CPU.
+    least, most = torch.cat([t.as_strided((t.numel(),), (1,)) for t in tensors]).aminmax()
+    return torch.maximum(-least, most)
+
+
 def leave_out(run: Run, batch: Batch, save: Callable[[Run], None]) -> Tensor:
     """What becomes of a step that is not finite: no change, sums of 0 (results.step_sums), or, after ``save``, UserError."""
     place, step = run.data.ids[run.place], run.step
@@ -135,6 +140,12 @@ def _stopped(run: Run, what: str, save: Callable[[Run], None]) -> UserError:
         kept = "the task before is kept"
     else:
         kept = "nothing was trained before"
-    again = f"after {MOST_IN_A_ROW} steps left out in a row" if run.watch.skips else "--resume --on_nan skip leaves the step out"
+    again = (
+        f"after {MOST_IN_A_ROW} steps left out in a row"
+        if run.watch.skips
+        else "--resume --on_nan skip leaves the step out"
+    )
     run.log.note(what)
-    return UserError(f"{run.config.job_dir}: {what}. {kept[0].upper()}{kept[1:]}; {again}; else begin anew with {REMEDY}")
+    return UserError(
+        f"{run.config.job_dir}: {what}. {kept[0].upper()}{kept[1:]}; {again}; else begin anew with {REMEDY}"
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lifequant import checkpoint, job, metrics
-from lifequant.checks import refuse_divergence, warn_of
+from lifequant.checks import refuse_divergence, warn_of, warn_of_one_code
 from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.data import DataSet
 from lifequant.evaluate import evaluate
@@ -159,7 +159,9 @@ def end_task(run: Run, task: Any) -> None:
         curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), run.step)
         if isinstance(layer.weight_quant, FakeQuant):
             codes = layer.weight_quant.codes(layer.weight)
-            used = len(codes.unique()) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
+            if len(unique := codes.unique()) == 1:
+                warn_of_one_code(run, name)
+            used = len(unique) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
             curves.add_histogram(f"quantizer_codes/{name}", codes.flatten().cpu().numpy(), run.step)
             curves.add_scalar(f"quantizer_codes_used/{name}", used, run.step)
     warn_of(run, place)

@@ -51,8 +51,6 @@ def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Ge
 def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     """THE training step, at ``factor`` times the learning rate; returns results.step_sums. No device synchronisation."""
     model, optimizer = run.model, run.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["highest_lr"]
     optimizer.zero_grad()  # before the forward: a CUDA graph takes back the memory of the former step's gradients
     if run.compiled and run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
@@ -63,6 +61,8 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     distributed.average_gradients(model)
     if not run.watch.fine([task_loss, penalty], factor * run.config.lr):
         return leave_out(run, batch, save)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["highest_lr"]
     for hook in run.hooks:
         hook.after_backward(model)
     with torch.no_grad():
@@ -125,10 +125,10 @@ def train_task(run: Run, task: Task) -> None:
         run.clock.step(size)
         run.clock.switch("logging")
         bar.update()
-        if run.step % config.print_freq == 0 or run.step == steps:
-            if not results.read_window(run, curves, bar, config.lr * factor):
-                order = None  # gone back to the last reading
-                continue
+        due = run.step % config.print_freq == 0 or run.step == steps
+        if due and not results.read_window(run, curves, bar, config.lr * factor):
+            order = None  # gone back to the last reading
+            continue
         if run.step % steps_per_epoch == 0:
             end_epoch(run, task, epoch, curves)
         if run.clock.since_checkpoint() > config.checkpoint_seconds and run.step < steps:
