@@ -178,6 +178,8 @@ class Config:
     compile: str = flag("auto", RUN, "torch.compile: auto compiles long runs", nargs="?", const="on",
                         choices=["auto", "on", "off"])  # fmt: skip
     checkpoint_seconds: float = flag(300.0, RUN, "seconds between checkpoints", type=real(0), free=True)
+    on_nan: str = flag("stop", RUN, "a step whose loss, gradient or weights are NaN or infinite: stop with the state of before, "
+                       "or skip the step", choices=["stop", "skip"], free=True)  # fmt: skip
     print_freq: int = flag(50, RUN, "steps between readings of the loss", type=whole(1), free=True)
 
     options: Mapping[str, Any] = field(default_factory=dict)

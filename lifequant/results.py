@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lifequant import checked_results, checkpoint, faults, job, metrics
-from lifequant.checks import refuse_divergence, warn_of
+from lifequant.checks import refuse_divergence, warn_of, warn_of_one_code
 from lifequant.codes import code_counts, packed_model_bytes
 from lifequant.data import DataSet
 from lifequant.evaluate import evaluate
@@ -86,10 +86,16 @@ def means(sums: Tensor) -> dict[str, float]:
             "top1": 100 * top1 / n, "top5": 100 * top5 / n}  # fmt: skip
 
 
-def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
-    """The means since the last reading: to the curves and the progress bar. Raises UserError where the loss is not finite."""
+def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:
+    """The means since the last reading: to the curves and the progress bar. False where they are not finite and the run has
+    gone back to the last reading (see finite.py)."""
     with run.clock.within("step"):  # a GPU has the steps before still to do
         values = means(run.sums)
+        bad = run.watch.bad()
+    if bad:
+        run.watch.go_back(run)
+        bar.update(run.step - bar.n)
+        return False
     run.sums.zero_()
     refuse_divergence(run, values["loss"])
     speed = run.clock.images_per_second()
@@ -101,6 +107,8 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
     for name, quant in fake_quants(run.model):
         curves.add_scalar(f"quantizer_step_size/{name}", quant.step().mean().item(), run.step)
     bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
+    run.watch.keep(run)
+    return True
 
 
 def memory_bytes(run: Run, task: Any) -> dict[str, int]:
@@ -125,7 +133,7 @@ def end_task(run: Run, task: Any) -> None:
         if run.config.nme:
             exemplars = run.data.stored(place + 1, run.config)
             history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
-    refuse_divergence(run, sum(scores.error))
+    refuse_divergence(run, sum(scores.error), evaluated=True)
     for name, row in (
         ("top1", scores.top1),
         ("top5", scores.top5),
@@ -151,7 +159,9 @@ def end_task(run: Run, task: Any) -> None:
         curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), run.step)
         if isinstance(layer.weight_quant, FakeQuant):
             codes = layer.weight_quant.codes(layer.weight)
-            used = len(codes.unique()) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
+            if len(unique := codes.unique()) == 1:
+                warn_of_one_code(run, name)
+            used = len(unique) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
             curves.add_histogram(f"quantizer_codes/{name}", codes.flatten().cpu().numpy(), run.step)
             curves.add_scalar(f"quantizer_codes_used/{name}", used, run.step)
     warn_of(run, place)
@@ -222,6 +232,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "seconds_by_part": {name: round(seconds, 3) for name, seconds in history["seconds_by_part"].items()},
         "images_per_second": run.clock.images_per_second(),
         "warnings": run.log.warnings,
+        "skipped_steps": history.get("skipped", {}).get("steps", 0),
         "versions": {"torch": torch.__version__, "lifequant": metadata_version(), "commit": commit()},
     }
 

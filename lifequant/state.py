@@ -18,6 +18,7 @@ from lifequant.background import Writer
 from lifequant.clock import Clock
 from lifequant.config import Config
 from lifequant.errors import UserError
+from lifequant.finite import Watch
 from lifequant.log import Log
 from lifequant.losses import distillation
 from lifequant.methods.base import Batch, LifelongMethod, Task
@@ -46,6 +47,7 @@ class Run:
         self.place = self.step = 0  # task, and steps done in it
         self.hooks = [self.method] if self.guard is self.method else [self.method, self.guard]
         self.steps = StepSizes(self.model)
+        self.watch = Watch(config, self.model, device)
         self.teacher: nn.Module | None = None  # the former task's model, where something distils from it
         self.teach: Callable[[Tensor], Tensor] | None = None  # its forward, compiled where the step is
         if (config.distill or self.method.needs_teacher) and self.num_tasks > 1:
@@ -111,6 +113,8 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         self.clock.stop()
+        if former := self.watch.state(self):
+            return former
         return {
             "kind": "run",
             "config": self.config.asdict(),

@@ -23,6 +23,7 @@ from lifequant.average import WeightAverage
 from lifequant.config import Config
 from lifequant.device import deterministic, pick_device, wants_compile
 from lifequant.evaluate import validation_top1
+from lifequant.finite import leave_out
 from lifequant.head import train_head
 from lifequant.log import Log, table
 from lifequant.memory import send
@@ -50,15 +51,18 @@ def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Ge
 def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     """THE training step, at ``factor`` times the learning rate; returns results.step_sums. No device synchronisation."""
     model, optimizer = run.model, run.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["highest_lr"]
     optimizer.zero_grad()  # before the forward: a CUDA graph takes back the memory of the former step's gradients
     if run.compiled and run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
+    run.watch.before()
     logits, task_loss, penalty = run.losses(run.with_teacher(batch))
     penalty = run.config.ll_lambda * penalty
     (task_loss + penalty).backward()
     distributed.average_gradients(model)
+    if not run.watch.fine([task_loss, penalty], factor * run.config.lr):
+        return leave_out(run, batch, save)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["highest_lr"]
     for hook in run.hooks:
         hook.after_backward(model)
     with torch.no_grad():
@@ -103,6 +107,7 @@ def train_task(run: Run, task: Task) -> None:
         disable=distributed.rank() > 0 or None,
     )
     run.model.train()
+    run.watch.keep(run)
     while run.step < steps:
         run.clock.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
@@ -120,8 +125,10 @@ def train_task(run: Run, task: Task) -> None:
         run.clock.step(size)
         run.clock.switch("logging")
         bar.update()
-        if run.step % config.print_freq == 0 or run.step == steps:
-            results.read_window(run, curves, bar, config.lr * factor)
+        due = run.step % config.print_freq == 0 or run.step == steps
+        if due and not results.read_window(run, curves, bar, config.lr * factor):
+            order = None  # gone back to the last reading
+            continue
         if run.step % steps_per_epoch == 0:
             end_epoch(run, task, epoch, curves)
         due = run.clock.since_checkpoint() > config.checkpoint_seconds and run.step < steps
