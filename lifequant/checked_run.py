@@ -20,7 +20,7 @@ _NUMBERS = (float, int)
 
 def fits(state: Mapping[str, Any], run: Run, path: Path) -> None:
     """Whether a run's state has the structure of a new run's: types, names, shapes and dtypes."""
-    fresh = run.state()
+    fresh = run.content()
     if state["place"] > run.num_tasks:
         misfit(path, "place", state["place"])
     groups, params = state["optimizer"].get("param_groups"), state["optimizer"].get("state")

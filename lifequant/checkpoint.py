@@ -52,7 +52,7 @@ def content(state: dict[str, Any]) -> memoryview:
 def write_bytes(path: Path, content: bytes | memoryview, previous: Path | None = None) -> None:
     """Atomic: afterwards ``path`` has the new content, or, if anything failed, what it had.
 
-    With ``previous`` the checkpoint that it had is kept under that name. Between the two renames ``path`` is not there, ``previous`` is.
+    With ``previous`` the checkpoint that it had is kept under that name.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -62,12 +62,23 @@ def write_bytes(path: Path, content: bytes | memoryview, previous: Path | None =
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists() and whole(path):  # a broken one must not take a whole one's place
-            os.replace(path, previous)
+            _keep(path, previous)
         faults.point("rename")
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """The file is ``previous`` too; only where the file system has no links is ``path`` not there for a moment."""
+    link = previous.with_name(f".{previous.name}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous)
+    except OSError:
+        os.replace(path, previous)
 
 
 def whole(path: Path) -> bool | None:

@@ -14,7 +14,7 @@ POINTS = {
     "importance": "between a task's last step and the end of its method's estimates",
     "change": "between a task's evaluation and its checkpoint",
     "checkpoint": "a checkpoint's content is in its temporary file, not yet on disk",
-    "rename": "the former checkpoint is moved away, the new one not yet in its place",
+    "rename": "the former checkpoint is kept as the one before, the new one not yet in its place",
     "table": "between the last checkpoint and results.json",
 }
 

@@ -112,9 +112,14 @@ class Run:
             return batch._replace(teacher=self.teach(batch.x).float())
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint is to hold; the time until now is counted."""
         self.clock.stop()
         if former := self.watch.state(self):
             return former
+        return self.content()
+
+    def content(self) -> dict[str, Any]:
+        """The state as it is, without a copy."""
         return {
             "kind": "run",
             "config": self.config.asdict(),

@@ -57,7 +57,7 @@ def test_killed_at_a_point(tiny, straight, tmp_path, point):
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     if point.startswith("rename"):
-        assert {p.name for p in (tmp_path / "run/checkpoint").glob("*.pt")} == {"previous.pt"}
+        assert {p.name for p in (tmp_path / "run/checkpoint").glob("*.pt")} == {"last.pt", "previous.pt"}
     ends_the_same(argv, tmp_path / "run", straight)
 
 
