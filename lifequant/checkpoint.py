@@ -79,6 +79,8 @@ def _keep(path: Path, previous: Path) -> None:
         os.replace(link, previous)
     except OSError:
         os.replace(path, previous)
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def whole(path: Path) -> bool | None:

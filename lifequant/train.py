@@ -247,7 +247,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         for line in notes:
             log.say(line)
         dataset = distributed.one_first(lambda: data.load(config, device, log.say))
-        stack.enter_context(job.locked(folder, log.say))
+        stack.enter_context(job.locked(Path(config.job_dir), log.say))
         state = job.check(config, log.say)
         num_tasks = 1 if registry.method(config.method).joint else len(dataset.ids)
         if state and state["place"] == num_tasks and (finished := results.read(folder)):

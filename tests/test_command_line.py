@@ -208,7 +208,14 @@ def test_what_is_said(tiny, tmp_path, capsys):
     assert all(torch.equal(best[name], last[name]) for name in last)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["data_dir"] == str(tiny.images) and config["job_dir"] == str(tmp_path / "run")
-    assert max(len(line) for line in out.split("\n") if "accuracy" in line or "task " in line) <= 80
+    assert (
+        max(
+            len(line)
+            for line in out.split("\n")
+            if ("accuracy" in line or "task " in line) and not line.startswith("warning")
+        )
+        <= 80
+    )
 
 
 def test_seed(tiny, tmp_path):

@@ -260,14 +260,14 @@ def test_bad_dataset_json(ten, here, capsys):
 def test_full_disk_leaves_all_as_it_was(ten, here, capsys, monkeypatch):
     assert generate(ten) == 0
     before = {path: path.read_bytes() for path in (here / "x_025").iterdir()}
-    write, left = Path.write_bytes, iter(range(3))
+    sync, left = os.fsync, iter(range(3))
 
-    def fill_up(path, content):
+    def fill_up(number):
         if next(left, None) is None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return write(path, content)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return sync(number)
 
-    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    monkeypatch.setattr(os, "fsync", fill_up)
     assert generate(ten, seed=5) == 2
     assert "No space left" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (here / "x_025").iterdir()}
