@@ -178,6 +178,24 @@ _LATER = {"method", "penalty", "ll_lambda", "replay_rate", "buffer_size", "disti
 _ELSEWHERE = {"dataset", "num_tasks", "task_id", "num_classes", "ll_method", "preset", "balanced", "arch", "start_task"}
 
 
+def unlike(config: Config, theirs: dict[str, Any]) -> str | None:
+    """Why ``config`` can't begin at its ``start_task`` with the state of a run whose settings are ``theirs``; None: it can."""
+    ours = config.asdict()
+    apart = _ELSEWHERE | free_names() | (_LATER if config.start_task == 1 else set())
+    if config.start_task == 1:
+        apart |= {name for name in ours | theirs if name.startswith((config.method + "_", theirs["method"] + "_"))}
+    for name in [name for name in {**ours, **theirs} if name not in apart]:  # in the order of Config
+        if ours.get(name) != theirs.get(name):
+            return f"its {name} is {theirs.get(name)}, this run's {ours.get(name)}: they differ before task {config.start_task}"
+    for name in (config.method, theirs["method"]):
+        method = registry.method(name)
+        if method.joint:
+            return f"{name} trains all tasks at once, it can't be forked"
+        if method.per_step_state and config.method != theirs["method"]:
+            return f"{name} gathers state at every step, which the other method lacks"
+    return None
+
+
 def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
     """The state of --from at the end of task ``start_task - 1``. Raises UserError where the two runs differ until then."""
     run = Path(config.from_run)
@@ -187,21 +205,8 @@ def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
             f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1}"
         )
     state = checkpoint.read(path, "run")
-    ours, theirs = config.asdict(), state["config"]
-    apart = _ELSEWHERE | free_names() | (_LATER if config.start_task == 1 else set())
-    if config.start_task == 1:
-        apart |= {name for name in ours | theirs if name.startswith((config.method + "_", theirs["method"] + "_"))}
-    for name in [name for name in {**ours, **theirs} if name not in apart]:  # in the order of Config
-        if ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"--from {run}: its {name} is {theirs.get(name)}, this run's {ours.get(name)}: they differ before task {config.start_task}"
-            )
-    for name in (config.method, theirs["method"]):
-        method = registry.method(name)
-        if method.joint:
-            raise UserError(f"--from {run}: {name} trains all tasks at once, it can't be forked")
-        if method.per_step_state and config.method != theirs["method"]:
-            raise UserError(f"--from {run}: {name} gathers state at every step, which the other method lacks")
+    if why := unlike(config, state["config"]):
+        raise UserError(f"--from {run}: {why}")
     needed = slice(None) if config.start_task > 1 else slice(1)
     if state["data_key"][needed] != data_key[needed]:
         raise UserError(f"--from {run}: it was trained on other images or tasks")

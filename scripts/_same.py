@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def results(path: Path) -> dict[str, Any]:
 
 def curves(folder: Path) -> dict[str, Any]:
     """{run: {tag: [(step, value)]}} as TensorBoard shows them, so that a gap or a step shown twice differs; speeds apart."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it tells of every step that a resumed run did again
     found = {}
     for place in sorted({path.parent for path in folder.rglob("events.*")}):
         events = EventAccumulator(str(place), {"scalars": 0}).Reload()
