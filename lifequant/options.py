@@ -12,13 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lifequant import registry
+from lifequant import presets, registry
 from lifequant.cli import Parser
-from lifequant.config import DATA, METHOD, PRESETS, QUANT, RUN, TRAIN, Config
+from lifequant.config import DATA, METHOD, QUANT, RUN, TRAIN, Config
 from lifequant.errors import UserError, closest
 from lifequant.penalties import PENALTIES
 
 LIFEQUANT_NAMES = ("life_q", "lifeq")  # the original's two spellings of its quantizer, after --method
+CHOSEN_FIRST = ("method", "quantizer", "act_quantizer")  # before their own flags are known
 INERT = {  # the original's flags that have lost their meaning, and why
     "stage": "there is one stage",
     "refine": "a run starts from --source_file",
@@ -106,9 +107,14 @@ def _refuse_anothers(argv: Sequence[str], parser: Parser, chosen: dict[str, str]
 def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """The Config of a command line, and the lines that should be said once (flags without effect, what was understood)."""
     first = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    for name in ("method", "ll_method", "quantizer", "act_quantizer"):
+    for name in (*CHOSEN_FIRST, "ll_method"):
+        first.add_argument("--" + name)
+    for name in ("preset", "bitW", "bit_schedule"):
         first.add_argument("--" + name)
     typed = vars(first.parse_known_args(list(argv))[0])
+    if typed.get("preset") in presets.names():
+        of_preset = preset_of(typed)
+        typed = {name: of_preset[name] for name in CHOSEN_FIRST if name in of_preset} | typed
     method, quantizer = _method_and_quantizer(typed)
     act_quantizer = typed.get("act_quantizer") or quantizer
     parser, own = build_parser(method, quantizer, act_quantizer)
@@ -133,18 +139,25 @@ def make(**settings: Any) -> Config:
     return parse(argv)[0]
 
 
+def preset_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of --preset at the weights' bit-width, however far what was typed has been parsed."""
+    schedule = given.get("bit_schedule")
+    last = str(schedule).strip("()").replace(" ", "").strip(",").split(",")[-1] if schedule else given.get("bitW", 4)
+    return presets.settings(given["preset"], int(last) if str(last).isdigit() else 4)
+
+
 def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) -> Config:
     """Fill in what depends on something else; appends to ``notes``."""
     given = dict(given)
     parts = dict(registry.method(given["method"]).parts)
     if given.get("preset"):
-        if given["method"] != "ours":
-            raise UserError(f"--preset {given['preset']} is a preset of --method ours, not of {given['method']}")
-        for name, value in PRESETS[given["preset"]]["settings"].items():
+        for name, value in preset_of(given).items():
             if name in {f.name for f in fields(Config)}:
                 given.setdefault(name, value)
-            elif options.get(name, value) is None:  # a quantizer's own flag that was not typed
+            elif options.get(name, value) is None:  # a method's or quantizer's own flag that was not typed
                 options[name] = value
+        if given["method"] != (method := preset_of(given)["method"]):
+            raise UserError(f"--preset {given['preset']} is a preset of --method {method}, not of {given['method']}")
     if given.get("balanced") is False:
         parts |= {"loss": "ce", "sampler": "uniform"}
     elif given.get("balanced") and given["method"] != "ours":

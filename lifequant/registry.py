@@ -82,13 +82,13 @@ def method(name: str) -> Any:
 
 def describe() -> str:
     """Methods, quantizers, models and presets, one a line: the name, what it is, its source."""
-    from lifequant.config import PRESETS
+    from lifequant import presets
 
     parts = []
     for kind in _PACKAGES:
         found = {name: _find(kind, name) for name in names(kind)}
         parts.append((f"{kind}s", {n: getattr(x, "help", None) or _first_line(x) for n, x in found.items()}))
-    parts.append(("presets", {name: preset["help"] for name, preset in PRESETS.items()}))
+    parts.append(("presets", {name: presets.load(name)["help"] for name in presets.names()}))
     return "\n\n".join(
         f"{title}:\n" + "\n".join(f"{name:<18} {line}" for name, line in sorted(lines.items()))
         for title, lines in parts

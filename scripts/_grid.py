@@ -45,6 +45,7 @@ from lifequant.split import lowest
 from lifequant.task_csv import Rows
 
 PARTS = ("title", "tasks", "source", "flags", "rows", "exclude")
+OF_A_SEARCH = ("title", "tasks", "source", "flags", "strength", "start", "parts")
 TASKS: dict[str, tuple[type, ...]] = {
     "dataset": (str,),
     "num_tasks": (int,),
@@ -99,8 +100,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A grid's content, checked for its parts. Raises UserError."""
+def read(path: Path, rows: bool = True) -> dict[str, Any]:
+    """A grid's content, checked for its parts; without ``rows`` that of a search. Raises UserError."""
+    parts = PARTS if rows else OF_A_SEARCH
     try:
         import tomllib
     except ImportError:
@@ -110,8 +112,8 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     for name, value in grid.items():
-        if name not in PARTS:
-            raise UserError(f"{path}: unknown part {name!r}{closest(name, PARTS)} (known: {', '.join(PARTS)})")
+        if name not in parts:
+            raise UserError(f"{path}: unknown part {name!r}{closest(name, parts)} (known: {', '.join(parts)})")
         if name != "title" and not isinstance(value, dict):
             raise UserError(f"{path}: {name} is to be a table, [{name}]")
     tasks = grid.get("tasks", {})
@@ -122,8 +124,11 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: [tasks] has {unknown[0]!r}{closest(unknown[0], list(TASKS))} (known: {', '.join(TASKS)})"
         )
-    if not grid.get("rows") or not all(isinstance(row, dict) for row in grid["rows"].values()):
-        raise UserError(f"{path}: no row, or one that is no table; [rows.NAME] begins one")
+    tables = ("rows",) if rows else ("strength",) if "strength" in grid else ("start", "parts")
+    for table in tables:
+        of = grid.get(table)
+        if not of or (table != "start" and not all(isinstance(row, dict) for row in of.values())):
+            raise UserError(f"{path}: nothing in [{table}], or what is no table; [{table}.NAME] begins one")
     if tasks.get("held_out") and not tasks.get("images_per_class"):
         raise UserError(f"{path}: [tasks] has held_out, a share of images_per_class, which is missing")
     return grid

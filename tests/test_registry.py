@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lifequant import registry
+from lifequant import presets, registry
 from lifequant.__main__ import train as command
-from lifequant.config import PRESETS
 from lifequant.errors import UserError
 
 TOP = Path(__file__).resolve().parents[1]
@@ -42,7 +41,7 @@ def test_list(capsys):
     """Every name is on a line of its own, with what it is behind it."""
     assert command(["--list"]) == 0
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line and not line.endswith(":")]
-    known = [*registry.names("method"), *registry.names("quantizer"), *registry.names("model"), *PRESETS]
+    known = [*registry.names("method"), *registry.names("quantizer"), *registry.names("model"), *presets.names()]
     assert sorted(name for name, _ in lines) == sorted(known)
     assert all(len(text) > 10 for _, text in lines)
 

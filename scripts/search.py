@@ -1,0 +1,162 @@
+"""Find settings on training images that are held out; no test image is read.
+
+    python scripts/search.py resnet-20-cifar-10/experiments/search_tuned.toml --data_dir data_dir/cifar100 --out experiment/search --jobs 2
+
+The grid is that of sweep.py, with held_out in [tasks], and one of two things in place of [rows]:
+
+    [strength.ewc]               # a method and the values of its one flag: which is best
+    ll_lambda = [1, 10, 100]
+
+    [start]                      # flags that a search over parts begins from
+    method = "replay"
+    [parts.distillation]         # a part: flags, or several of them to choose from
+    distill = [0.5, 1]
+
+Parts are chosen one after another: each round runs every part that is left on top of what has been chosen, and takes the
+best if it gains at least --gain points; a part that lost more than --gain in a round is not tried again. A round costs as
+many runs as there are parts, the whole search far less than the grid of all combinations, and it is repeated exactly: no
+sampler decides. (Optuna's samplers need more runs than there are here before they know more than that.)
+
+The score is the average accuracy on the held-out images, mean over seeds; the task-masked one for a method without replay.
+--write takes what was found, and all that was tried, into a JSON file: a strength table or a preset's ``by_bits``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import _grid
+from sweep import Local, Sweep, duration, finished, result_file
+
+from lifequant.cli import Parser, real, run_main, whole
+from lifequant.errors import UserError
+from lifequant.files import write_all
+
+
+class Search:
+    """Runs rows of a grid and scores them."""
+
+    def __init__(self, path: Path, data_dir: Path, out: Path, jobs: int) -> None:
+        self.path, self.data_dir, self.out, self.jobs = path, data_dir, out, jobs
+        self.grid = _grid.read(path, rows=False)
+        if not self.grid["tasks"].get("held_out"):
+            raise UserError(f"{path}: [tasks] needs held_out: a search does not read test images")
+        self.seconds = 0.0
+
+    def scores(self, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """{row: its flags and scores} of rows without lists; those that diverged have no score."""
+        grid = {**self.grid, "rows": rows}
+        runs = _grid.runs(grid, self.out, str(self.path))
+        sweep = Sweep(runs, self.data_dir, self.out, self.out / self.path.stem, Local(self.jobs))
+        sweep.go()
+        self.seconds += sum(sweep.times.values())
+        found = {}
+        for row, flags in rows.items():
+            mine = [run for run in runs if run.name.startswith(f"{row}/seed")]
+            scored = scored_by([json.loads(result_file(run).read_text()) for run in mine if finished(run)])
+            found[row] = {"flags": flags, **(scored if all(map(finished, mine)) else {})}
+            print(f"{row}: {found[row].get('score', 'diverged')}", flush=True)
+        return found
+
+
+def scored_by(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, in percent; ``score`` is what decides."""
+    if not results:
+        return {}
+    values = {
+        "average_accuracy": mean(r["average_accuracy"] for r in results),
+        "task_masked": mean(mean(r["top1_masked"][-1]) for r in results),
+        "forgetting": mean(r["forgetting"] for r in results),
+    }
+    replay = any(r["memory_bytes"]["replay"] for r in results)
+    values["score"] = values["average_accuracy" if replay else "task_masked"]
+    return {name: round(value, 2) for name, value in values.items()} | {"replay": replay, "seeds": len(results)}
+
+
+def options_of(flags: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part's flags: lists are alternatives, of one flag alone."""
+    lists = [name for name, value in flags.items() if isinstance(value, list)]
+    if len(lists) > 1:
+        raise UserError(f"{lists[0]} and {lists[1]} are both lists: one flag of a part may be")
+    return [{**flags, lists[0]: value} for value in flags[lists[0]]] if lists else [flags]
+
+
+def named(part: str, flags: dict[str, Any]) -> str:
+    return part + " " + " ".join(f"{name}={value}" for name, value in flags.items())
+
+
+def strengths(search: Search) -> dict[str, Any]:
+    """The best value of each method's flag."""
+    rows = {}
+    for method, flags in search.grid["strength"].items():
+        for choice in options_of(flags):
+            rows[named(method, choice)] = {"method": method, **choice}
+    found = search.scores(rows)
+    tried, chosen = [], {}
+    for row in found.values():
+        method = row["flags"]["method"]
+        (flag, value), *_ = [item for item in row.pop("flags").items() if item[0] != "method"]
+        tried.append({"method": method, "flag": flag, "value": value, **row})
+    for method in search.grid["strength"]:
+        scored = [row for row in tried if row["method"] == method and "score" in row]
+        chosen[method] = max(scored, key=lambda row: row["score"])["value"] if scored else None
+    return {"chosen": chosen, "tried": tried}
+
+
+def parts(search: Search, gain: float, rounds: int) -> dict[str, Any]:
+    """Parts, one after another, as long as one gains."""
+    left = {part: options_of(flags) for part, flags in search.grid["parts"].items()}
+    chosen = dict(search.grid["start"])
+    best = search.scores({"start": chosen})["start"]
+    tried = [{"round": 0, "part": "start", **best}]
+    for number in range(1, rounds + 1):
+        rows = {
+            named(p, o): {**chosen, **o} for p, choices in left.items() for o in choices if {**chosen, **o} != chosen
+        }
+        if not rows:
+            break
+        found = search.scores(rows)
+        tried += [{"round": number, "part": name, **row} for name, row in found.items()]
+        scored = {name: row for name, row in found.items() if "score" in row}
+        name = max(scored, key=lambda row: scored[row]["score"], default=None)
+        if name is None or scored[name]["score"] < best["score"] + gain:
+            break
+        taken = next(part for part in left if name.startswith(part + " "))
+        lost = {n for n, row in found.items() if row.get("score", 0) < best["score"] - gain}
+        chosen, best = scored[name]["flags"], scored[name]
+        left = {p: [o for o in choices if named(p, o) not in lost] for p, choices in left.items() if p != taken}
+    return {"settings": chosen, "score": best["score"], "tried": tried}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="search.py", description="Find settings on held-out training images.")
+    parser.add_argument("grid", help="TOML, as search.py says")
+    parser.add_argument("--data_dir", required=True, help="folder with train/<class>/*")
+    parser.add_argument("--out", required=True, help="folder of the runs; those that are finished are not run again")
+    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time")
+    parser.add_argument("--gain", type=real(0), default=0.5, help="points that a part must gain")
+    parser.add_argument("--rounds", type=whole(1), default=4, help="parts to choose at most")
+    parser.add_argument("--write", help="JSON file of what was found and of all that was tried")
+    args = parser.parse_args(argv)
+    search = Search(Path(args.grid), Path(args.data_dir).resolve(), Path(args.out).resolve(), args.jobs)
+    found = strengths(search) if "strength" in search.grid else parts(search, args.gain, args.rounds)
+    words = (Path(word).name if Path(word).is_absolute() else word for word in argv)
+    record = {
+        "command": "python scripts/search.py " + " ".join(words),
+        "protocol": {name: search.grid.get(name, {}) for name in ("title", "tasks", "source", "flags")},
+        **found,
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    if args.write:
+        write_all({Path(args.write): text})
+    print(text + f"{duration(search.seconds)} of runs in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
