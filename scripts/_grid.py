@@ -155,7 +155,7 @@ def runs(grid: dict[str, Any], out: Path, where: str) -> list[Run]:
         found[run.folder] = forked(run, config, leaders)
     if unused := sorted(set(grid.get("exclude", {})) - used):
         raise UserError(f"{where}: the exclusion {unused[0]!r} leaves nothing out")
-    return list(found.values())
+    return sorted(found.values(), key=lambda run: run.seed)  # a sweep that is stopped has whole tables of fewer seeds
 
 
 def combinations(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:

@@ -32,7 +32,7 @@ from lifequant.cli import Parser, one_line, run_main, whole
 from lifequant.job import write_json
 
 MAIN = Path(__file__).resolve().parents[1] / "resnet-20-cifar-10" / "main.py"
-LOG = "sweep.log"  # what a run said, in its folder
+LOG = f"sweep{os.getpid()}.log"  # what a run said to this sweep, in its folder
 GUESS = 200.0  # images of 32 pixels a second and core: what a time is reckoned from before a run has finished
 IN_USE = "is in use by"  # another sweep, or one that was killed, has this run under way
 WAIT = 0.3  # seconds between looks

@@ -1,0 +1,237 @@
+"""scripts/sweep.py and search.py: what a grid stands for, runs shared and never run again, failures kept apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lifequant.errors import UserError
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import _grid  # noqa: E402
+import _same  # noqa: E402
+import search  # noqa: E402
+import sweep  # noqa: E402
+
+GRID = """
+[tasks]
+dataset = "tiny"
+num_tasks = 2
+diminish_rate = 100
+images_per_class = 6
+[flags]
+num_epochs = 1
+image_size = 8
+train_batch_size = 6
+compile = "off"
+[rows.replay]
+method = "replay"
+[rows."more replay"]
+method = "replay"
+replay_rate = 0.5
+[rows.bad]
+method = "ours"
+lr = 1e30
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Four classes of a colour each."""
+    root = tmp_path_factory.mktemp("images")
+    for label in range(4):
+        for side, count in (("train", 6), ("test", 2)):
+            folder = root / side / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (60 * label, 20 * i, 255 - 60 * label)).save(folder / f"{i}.png")
+    return root
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "grid.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def called(grid: Path, images: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(SCRIPTS / "sweep.py"), str(grid), "--data_dir", str(images), "--out", str(out), *more]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def swept(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, called(write(folder, GRID), images, folder / "out", "--jobs", "2")
+
+
+def test_a_failed_run_is_kept_apart_and_the_rest_go_on(swept):
+    folder, ended = swept
+    assert ended.returncode == 1 and "2 of 3 runs finished" in ended.stdout, ended.stderr
+    shown = sorted(path.parent.parent.name for path in (folder / "out" / "grid").rglob("results.json"))
+    assert shown == ["more replay", "replay"]
+    (line,) = [path.read_text() for path in (folder / "out" / "failed").glob("*/failed.txt")]
+    assert "diverged" in line and "failed: bad/seed0: " + line.strip() in ended.stdout
+
+
+def test_what_has_finished_or_failed_is_not_run_again(swept, images):
+    folder, _ = swept
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("*.pt")}
+    again = called(folder / "grid.toml", images, folder / "out")
+    assert again.returncode == 1 and "0 to do" in again.stdout
+    assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("*.pt")}
+
+
+def test_a_fork_is_the_run_alone(swept, images, tmp_path):
+    """Every tensor, number and curve of the run whose task 0 was another's."""
+    folder, _ = swept
+    runs = {run.name: run for run in _grid.runs(_grid.read(folder / "grid.toml"), folder / "out", "grid")}
+    fork = runs["more replay/seed0"]
+    assert fork.flags["start_task"] == 1 and fork.after == (runs["replay/seed0"].folder,)
+    text = GRID.replace('[rows.replay]\nmethod = "replay"\n', "")
+    called(write(tmp_path, text), images, tmp_path / "out", "--jobs", "2")
+    alone = tmp_path / "out" / "runs" / fork.folder.name
+    assert [d for d in _same.differences(fork.folder, alone) if not known(d)] == []
+
+
+def known(difference: str) -> bool:
+    """What says that a run is a fork, where it lies, and the curves of the task that it did not train."""
+    return any(word in difference for word in ("start_task", "from_run", "csv_dir", "task0.pt/config", "curves"))
+
+
+def test_killed_in_the_middle_and_gone_on_with(swept, images, tmp_path):
+    """The sweep is killed outright; its runs go on, the next sweep waits for them and ends with the same numbers."""
+    folder, _ = swept
+    grid = write(tmp_path, GRID)
+    words = [
+        sys.executable,
+        str(SCRIPTS / "sweep.py"),
+        str(grid),
+        "--data_dir",
+        str(images),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if list((tmp_path / "out" / "runs").glob("*/.lock")):
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert "2 of 3 runs finished" in called(grid, images, tmp_path / "out", "--jobs", "2").stdout
+    for name in ("replay", "more replay"):
+        one, other = ((out / "out" / "grid" / name / "seed0" / "results.json") for out in (folder, tmp_path))
+        keys = ("config", "top1", "space_shift", "code_histograms")
+        assert [json.loads(one.read_text())[k] for k in keys] == [json.loads(other.read_text())[k] for k in keys]
+
+
+def test_dry_run_writes_nothing(images, tmp_path):
+    told = called(write(tmp_path, GRID), images, tmp_path / "out", "--dry_run").stdout
+    assert "3 runs, 3 to do" in told and told.count("to run") == 3 and not (tmp_path / "out").exists()
+
+
+def test_lists_are_combined_and_excluded(tmp_path):
+    text = GRID + '[exclude.slow]\nrow = "bad"\nbitW = [2, 4]\n'
+    text = text.replace("[flags]", "[flags]\nbitW = [4, 2]\nseed = [0, 1]")
+    runs = _grid.runs(_grid.read(write(tmp_path, text)), tmp_path, "grid")
+    assert [run.name for run in runs] == [
+        f"{row}/bitW{bits}/seed{seed}" for seed in (0, 1) for row in ("replay", "more replay") for bits in (4, 2)
+    ]
+    assert len({run.folder for run in runs}) == 8 and len({run.csv_dir for run in runs}) == 2
+
+
+def test_the_key_is_of_what_decides(tmp_path):
+    """Not of the place, of print_freq, nor of the row's name; but of the tasks, and of each flag."""
+
+    def key(text: str, out: str = "a") -> str:
+        return _grid.runs(_grid.read(write(tmp_path, text)), tmp_path / out, "grid")[0].folder.name
+
+    same = [
+        key(GRID),
+        key(GRID, "b"),
+        key(GRID.replace("[flags]", "[flags]\nprint_freq = 7")),
+        key(GRID.replace("rows.replay", "rows.other")),
+    ]
+    others = [
+        GRID.replace("= 100", "= 50"),
+        GRID.replace("num_epochs = 1", "num_epochs = 2"),
+        GRID + "[source]\nnum_epochs = 1\n",
+    ]
+    assert len(set(same)) == 1 and len({same[0], *map(key, others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (("[flags]", "[flag]"), "unknown part 'flag'; did you mean 'flags'?"),
+        (("num_tasks = 2", 'num_tasks = "2"'), "[tasks] needs num_tasks, a number"),
+        (("num_epochs = 1", "num_epoch = 1"), "replay/seed0: unknown flag --num_epoch"),
+        (("lr = 1e30", 'job_dir = "x"'), "bad/seed0: job_dir is the sweep's own to set"),
+        (("replay_rate = 0.5", ""), "are the same run"),
+        (("[tasks]", "[exclude.none]\nrow = 'x'\n[tasks]"), "the exclusion 'none' leaves nothing out"),
+    ],
+)
+def test_mistakes(tmp_path, change, line):
+    with pytest.raises(UserError) as error:
+        _grid.runs(_grid.read(write(tmp_path, GRID.replace(*change))), tmp_path, "grid.toml")
+    assert line in str(error.value)
+
+
+def test_search_takes_what_gains(monkeypatch, tmp_path):
+    """Greedy, against scores that are known: the best part of each round, one that lost is not tried again."""
+    gains = {"a": 3.0, "b": 2.0, "c": -4.0}
+    asked: list[set[str]] = []
+
+    def scores(rows):
+        asked.append(set(rows))
+        return {
+            row: {"flags": flags, "score": 10 + sum(gains[f] for f in flags if f in gains)}
+            for row, flags in rows.items()
+        }
+
+    fake = type(
+        "Fake", (), {"grid": {"start": {"x": 1}, "parts": {n: {n: 1} for n in gains}}, "scores": staticmethod(scores)}
+    )
+    found = search.parts(fake, gain=1.0, rounds=5)
+    assert found["settings"] == {"x": 1, "a": 1, "b": 1} and found["score"] == 15
+    assert asked == [{"start"}, {"a a=1", "b b=1", "c c=1"}, {"b b=1"}]
+
+
+def test_search_never_reads_a_test_image(images, tmp_path):
+    """It runs where there is no test folder at all."""
+    shutil.copytree(images / "train", tmp_path / "images" / "train")
+    text = GRID[: GRID.index("[rows.replay]")].replace("= 6\n[flags]", "= 6\nheld_out = 0.34\n[flags]")
+    grid = write(tmp_path, text + "[strength.ewc]\nll_lambda = [1.0, 2.0]\n")
+    words = [
+        str(grid),
+        "--data_dir",
+        str(tmp_path / "images"),
+        "--out",
+        str(tmp_path / "out"),
+        "--write",
+        str(tmp_path / "found.json"),
+    ]
+    assert search.main(words) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["chosen"]["ewc"] in (1.0, 2.0) and [row["value"] for row in found["tried"]] == [1.0, 2.0]
+
+
+def test_slurm_by_its_local_executor(images, tmp_path):
+    pytest.importorskip("submitit", reason="submitit is not there (extra slurm)")
+    text = GRID[: GRID.index('[rows."more replay"]')]
+    ended = called(write(tmp_path, text), images, tmp_path / "out", "--slurm", "--cluster", "local")
+    assert "1 of 1 runs finished" in ended.stdout, ended.stderr
+
+
+def test_time_left_in_words():
+    assert [sweep.duration(s) for s in (20, 61, 3599, 5400)] == ["1 min", "1 min", "1 h 0 min", "1 h 30 min"]
