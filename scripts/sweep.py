@@ -106,6 +106,7 @@ class Sweep:
 
     def go(self) -> None:
         """Until nothing is left to do."""
+        signal.signal(signal.SIGTERM, interrupted)
         for run in {run.csv_dir: run for run in self.waiting}.values():
             _grid.write_tasks(run, self.data_dir)
         with tqdm(total=len(self.runs), initial=len(self.runs) - len(self.waiting), unit="run") as bar:
@@ -252,7 +253,6 @@ def main(argv: Sequence[str]) -> int:
     for run in runs:
         if run.folder in sweep.times:
             sweep.show(run)  # another grid may have run it
-    signal.signal(signal.SIGTERM, interrupted)
     sweep.go()
     failed = {run.name: line for run in runs if (line := sweep.failure(run))}
     for name, line in failed.items():

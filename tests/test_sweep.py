@@ -120,6 +120,8 @@ def test_killed_in_the_middle_and_gone_on_with(swept, images, tmp_path):
         str(images),
         "--out",
         str(tmp_path / "out"),
+        "--jobs",
+        "2",
     ]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
