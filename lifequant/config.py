@@ -101,8 +101,9 @@ class Config:
 
     method: str = flag("ours", METHOD, "lifelong method (or life_q: the quantizer proxq, the method by --ll_method)")
     ll_method: str | None = flag(None, METHOD, "lifelong method, where --method names a quantizer")
-    preset: str | None = flag(None, METHOD, "settings found by others: paper, ours to the letter of the paper; tuned, the best "
-                              "parts that a search on held-out images found", choices=presets.names())  # fmt: skip
+    preset: str | None = flag(
+        None, METHOD, "settings kept as data; paper: ours to the letter of the paper", choices=presets.names()
+    )
     balanced: bool | None = switch(None, METHOD, "False: ours with plain cross entropy and uniform sampling")
     loss: str = flag("", METHOD, "task loss (default: the method's)", choices=list(LOSSES))
     sampler: str = flag(

@@ -141,9 +141,9 @@ def make(**settings: Any) -> Config:
 
 def preset_of(given: dict[str, Any]) -> dict[str, Any]:
     """The flags of --preset at the weights' bit-width, however far what was typed has been parsed."""
-    schedule = given.get("bit_schedule")
-    last = str(schedule).strip("()").replace(" ", "").strip(",").split(",")[-1] if schedule else given.get("bitW", 4)
-    return presets.settings(given["preset"], int(last) if str(last).isdigit() else 4)
+    schedule = given.get("bit_schedule") or (given.get("bitW", 4),)
+    last = str((schedule.split(",") if isinstance(schedule, str) else schedule)[-1])
+    return presets.settings(given["preset"], int(last) if last.isdigit() else 4)
 
 
 def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) -> Config:
