@@ -60,6 +60,7 @@ LIKE_THE_RUNS = (
     "eval_batch_size",
     "target_model",
     "shortcut",
+    "lt_gamma",
     "compile",
     "cache_dir",
 )

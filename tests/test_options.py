@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 
 import pytest
 
-from lifequant import options
+from lifequant import options, presets
 from lifequant.errors import UserError
 
 # (typed, lifelong method, quantizer, loss, sampler)
@@ -78,6 +79,22 @@ def test_refused(typed, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_preset_chooses_the_method_and_goes_by_bits(monkeypatch, tmp_path):
+    """A file is a preset; what is typed stands before it, of the nearest bit-width."""
+    by_bits = {"4": {"quantizer": "lsqplus", "distill": 1.0}, "2": {"ema": 0.9}}
+    content = {"help": "", "settings": {"method": "replay", "loss": "balanced_softmax"}, "by_bits": by_bits}
+    (tmp_path / "paper.json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+
+    def chosen(*more: str) -> tuple:
+        config, _ = options.parse(["--preset", "paper", *more])
+        return config.method, config.loss, config.quantizer, config.distill, config.ema
+
+    assert chosen() == chosen("--bitW", "8") == ("replay", "balanced_softmax", "lsqplus", 1.0, 0.0)
+    assert chosen("--bitW", "2") == chosen("--bit_schedule", "8,4,2") == ("replay", "balanced_softmax", "lsq", 0.0, 0.9)
+    assert chosen("--quantizer", "pact", "--loss", "ce") == ("replay", "ce", "pact", 1.0, 0.0)
 
 
 def test_preset_paper():
