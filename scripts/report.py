@@ -13,9 +13,11 @@ import re
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from _pictures import draw
 from _results import NEEDED
 from _rows import Run, group, shift_and_forgetting, tables
 from _tables import LEGEND, csv_text, latex, markdown
@@ -112,13 +114,19 @@ def main(argv: Sequence[str]) -> None:
     relation = [shift_and_forgetting("all rows", rows)]
     if len(found) > 1:
         relation += [shift_and_forgetting(table.bits, table.rows) for table in found]
+    out = Path(args.out or args.folders[0])
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = find_spec("matplotlib") is not None
+    if not drawn:
+        print("no pictures: matplotlib is missing (pip install lifequant[plot])")
     text = ["# Report", ""]
     for table in found:
         text.append(markdown(table))
+        for name, caption in draw(table, out) if drawn else ():
+            text += [f"![{name.removesuffix('.png')}]({name})", "", caption, ""]
+            print(f"wrote {one_line(out / name)}")
     text += ["## Space shift and forgetting", "", RELATION, "", *(f"- {line}" for line in relation), "", LEGEND, ""]
     print("Spearman's correlation of space shift and forgetting:", *relation, sep="\n  ")
-    out = Path(args.out or args.folders[0])
-    out.mkdir(parents=True, exist_ok=True)
     written = {"report.md": "\n".join(text), "table.csv": csv_text(found)}
     if args.latex:
         written["table.tex"] = "\n".join(map(latex, found))
