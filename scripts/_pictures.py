@@ -59,6 +59,19 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
     return {row.label: name.replace("$", r"\$") for row, name in zip(rows, cut, strict=True)}
 
 
+def spread_out(axis: Any, side: str, values: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers where the values span more than a factor of 3."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if min(values) <= 0 or max(values) <= 3 * min(values):
+        return
+    getattr(axis, f"set_{side}scale")("log")
+    ticks = getattr(axis, f"{side}axis")
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
 class Painter:
     """Draws one table's pictures; a row looks the same in each."""
 
@@ -104,13 +117,15 @@ class Painter:
         for axis in axes.flat[len(rows) :]:
             axis.remove()
         for axis, row in zip(axes.flat, rows, strict=False):
-            R = mean_matrix(row)
+            R, name = mean_matrix(row), self.names[row.label]
             shown = axis.imshow(R, cmap="Blues", vmin=0, vmax=100)
             for t, values in enumerate(R if size <= 10 else []):
                 for i, value in enumerate(values):
                     colour = "white" if value > 60 else "black"
                     axis.text(i, t, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-            axis.set_title(f"{self.names[row.label][-24:]}\naverage {row.mean(ACCURACY):.1f}", fontsize=8)
+            axis.set_title(
+                f"{name if len(name) <= 24 else '…' + name[-23:]}\naverage {row.mean(ACCURACY):.1f}", fontsize=8
+            )
             step = -(-size // 10)
             axis.set_xticks(range(0, size, step), self.tasks[::step])
             axis.set_yticks(range(0, len(R), step), ["all"] if row.first.joint else self.tasks[: len(R) : step])
@@ -135,7 +150,6 @@ class Painter:
                 )
         axis.set_xlabel("after task", fontsize=9)
         axis.set_ylabel("mean top-1 on tasks seen (%)", fontsize=9)
-        axis.set_ylim(0, 102)
         self.legend(axis)
         return figure
 
@@ -152,7 +166,7 @@ class Painter:
             return None
         figure, axis = self.lines(values, layers, turned=True)
         axis.set_ylabel("space shift (RMSE)", fontsize=9)
-        axis.set_ylim(bottom=0)
+        spread_out(axis, "y", [shift for row in values.values() for shift in row])
         self.legend(axis)
         return figure
 
@@ -168,7 +182,7 @@ class Painter:
             return None
         figure, axis = self.lines(values, self.tasks[:-1])
         axis.axhline(1, color="0.4", lw=1, ls="--")
-        axis.set_yscale("log")
+        spread_out(axis, "y", [1, *(growth for row in values.values() for growth in row)])
         axis.set_xlabel("former task s", fontsize=9)
         axis.set_ylabel("xi(s,T) / xi(s,s)", fontsize=9)
         self.legend(axis)
@@ -211,7 +225,7 @@ class Painter:
         for a, b, label in found:
             axis.plot(a, b, ls="", ms=7, **self.look[label])
         if log:
-            axis.set_xscale("log")
+            spread_out(axis, "x", [a for a, _, _ in found])
         axis.margins(0.08)
         low, top = axis.get_ylim()
         gap, places = gap_inches / (high - 0.9), []
@@ -269,5 +283,5 @@ def draw(table: Table, out: Path) -> Iterator[tuple[str, str]]:
         figure.savefig(out / name, metadata={"Software": None})
         caption = " ".join(paint.__doc__.split())
         if len(table.rows) > room:
-            caption += f" The first {room} of {len(table.rows)} rows."
+            caption += f" The {room} rows of {len(table.rows)} with the best average accuracy."
         yield name, caption
