@@ -60,10 +60,10 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def spread_out(axis: Any, side: str, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers where the values span more than a factor of 3."""
+    """A logarithmic axis with plain numbers where the values span more than a factor of 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if min(values) <= 0 or max(values) <= 3 * min(values):
+    if min(values) <= 0 or max(values) <= 5 * min(values):
         return
     getattr(axis, f"set_{side}scale")("log")
     ticks = getattr(axis, f"{side}axis")
@@ -115,7 +115,7 @@ class Painter:
         wide = WIDE / columns
         figure, axes = self.figure(lines * wide * (1.12 if columns > 1 else 0.7) + 0.2, lines, columns)
         for axis in axes.flat[len(rows) :]:
-            axis.remove()
+            axis.set_axis_off()
         for axis, row in zip(axes.flat, rows, strict=False):
             R, name = mean_matrix(row), self.names[row.label]
             shown = axis.imshow(R, cmap="Blues", vmin=0, vmax=100)
