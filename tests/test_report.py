@@ -1,0 +1,189 @@
+"""scripts/report.py: what is averaged, what is refused, what is in bold; against scipy and the statistics module."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import statistics
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from lifequant.cli import run_main
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The script; tests have a compare.py of their own, which other tests get back."""
+    names = ("compare", "report", "_rows", "_tables", "_pictures", "_results")
+    former = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield importlib.import_module("report")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(former)
+
+
+@pytest.fixture(scope="module")
+def rows(report):
+    return sys.modules["_rows"]
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(report, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+
+
+def results(seed=0, accuracy=50.0, shift=0.1, codes=16, **config) -> dict:
+    """What a run of two tasks writes. Forgetting is 80 - accuracy."""
+    R = [[80.0, 0.0], [accuracy, accuracy]]
+    every = dict(seed=seed, method="ours", quantizer="proxq", bitW=4, abitW=4, num_epochs=1, train_batch_size=64)
+    layer = {"fc.weight_quant": {"codes": codes, "bits": 4}}
+    return {
+        "schema": 1,
+        "config": {**every, "image_size": 16, "dataset": "digits", "start_task": 0, "lr": 0.1, "print_freq": 50, **config},
+        "tasks": [
+            {"id": i, "classes": [i], "train_images": 20, "replay_images": 4 * i, "test_images": 10} for i in range(2)
+        ],
+        "top1": R, "top5": R, "top1_masked": [[90.0, 90.0]] * 2,
+        "average_accuracy": accuracy, "forgetting": 80.0 - accuracy, "bwt": accuracy - 80.0,
+        "space_shift": {"fc": [[0.0, shift], [shift, 0.0]]},
+        "quantization_error": [[1.0, 2.0], [3.0, 2.0]],
+        "max_codes_per_tensor": layer,
+        "code_histograms": {"fc.weight_quant": {"first_code": -8, "counts": [1] * 16}},
+        "memory_bytes": {"packed_model": 1000, "replay": 2000, "importance": 0, "reference": 0, "logits": 500},
+        "images_per_second": 100.0 + seed,
+        "versions": {"torch": "2", "lifequant": "0", "commit": "abc"},
+    }  # fmt: skip
+
+
+def write(folder: Path, row: str, found: dict) -> Path:
+    path = folder / row / f"seed{found['config']['seed']}" / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    return path
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    return {line["row"]: line for line in csv.DictReader(io.StringIO((folder / "table.csv").read_text()))}
+
+
+def refused(report, capsys, *argv: str) -> str:
+    assert run_main(report.main, list(argv)) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_against_references(rows):
+    """p, ranks and rho as scipy has them; the interval holds rho."""
+    for n in (2, 3, 4, 5, 8, 13):
+        a, b = [(7 * i) % 5 + 0.3 * i for i in range(n)], [(3 * i) % 4 + 0.1 for i in range(n)]
+        expected = stats.ttest_rel(a, b).pvalue
+        assert rows.paired_t_test([x - y for x, y in zip(a, b, strict=True)]) == pytest.approx(expected, rel=1e-9)
+    x, y = [3.0, 1.0, 1.0, 5.0, 4.0, 9.0], [2.0, 2.0, 1.0, 7.0, 3.0, 6.0]
+    rho, low, high = rows.spearman(x, y)
+    assert rho == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12) and -1 < low < rho < high < 1
+    assert rows.spearman(x[:3], y[:3]) is None and rows.spearman(x, [1.0] * 6) is None
+    assert (
+        rows.paired_t_test([2.0]) == 1 and rows.paired_t_test([0.0, 0.0]) == 1 and rows.paired_t_test([1.0, 1.0]) == 0
+    )
+
+
+def test_means_and_bold(report, tmp_path, capsys):
+    """Mean and deviation; bold at 4 bits, where the difference exceeds noise, and not at 2 bits, where it does not."""
+    clear, noisy = {"a": [60, 61, 62], "b": [50, 52, 51]}, {"c": [60, 40, 50], "d": [49, 50, 48]}
+    for bits, found in ((4, clear), (2, noisy)):
+        for row, values in found.items():
+            for seed, accuracy in enumerate(values):
+                write(
+                    tmp_path, f"deep/{row}", results(seed, accuracy, shift=1 / accuracy, bitW=bits, abitW=bits, lr=bits)
+                )
+    assert run_main(report.main, [str(tmp_path), "--latex"]) == 0
+    assert "n = 12 runs" in capsys.readouterr().out
+    got, text, latex = (tmp_path / name for name in ("table.csv", "report.md", "table.tex"))
+    text, latex, got = text.read_text(), latex.read_text(), table(tmp_path)
+    for row, values in {**clear, **noisy}.items():
+        line = got[f"deep/{row}"]
+        assert float(line["average_accuracy_mean"]) == pytest.approx(statistics.fmean(values), rel=1e-5)
+        assert float(line["average_accuracy_std"]) == pytest.approx(statistics.stdev(values), rel=1e-5)
+        assert line["n"] == "3" and line["seeds"] == "0 1 2" and float(line["other_kB_mean"]) == 0.5
+    assert [got[f"deep/{row}"]["average_accuracy_best"] for row in "abcd"] == ["1", "0", "0", "0"]
+    assert "| `deep/a` | 3 | **61.00 ± 1.00** | 90.00 ± 0.00 | **19.00 ± 1.00** |" in text
+    assert "| `deep/c` | 3 | 50.00 ± 10.00 |" in text and "paired t-test" in text
+    assert r"\texttt{deep/a} & 3 & \textbf{61.00 $\pm$ 1.00}" in latex
+    assert text.index("## 4 bits") < text.index("`deep/a`") < text.index("`deep/b`") < text.index("## 2 bits")
+
+
+def test_what_is_marked_and_chosen(report, tmp_path):
+    """One seed: nothing in bold. More codes than 2^b: marked. Joint training never wins. --rows takes those alone."""
+    write(tmp_path, "many", results(accuracy=70, codes=17, quantizer="apot"))
+    write(tmp_path, "few|er", results(accuracy=20, lr=0.2))
+    joint = results(accuracy=75, method="joint") | {"forgetting": None, "bwt": None, "space_shift": {"fc": [[0.0]]}}
+    write(
+        tmp_path, "joint", joint | {"top1": [[75, 75]], "top1_masked": [[75, 75]], "quantization_error": [[1.0, 1.0]]}
+    )
+    assert run_main(report.main, [str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "**" not in text and "one seed a row: nothing is in bold" in text and "never in bold" in text
+    assert "| `many` † | 1 |" in text and "many: not b-bit, apot gives up to 17 codes" in text
+    assert "`few\\|er` | 1 |" in text and "| `joint` | 1 | 75.00 | 75.00 | - | - | - |" in text
+    assert run_main(report.main, [str(tmp_path), "--rows", "j*", "--out", str(tmp_path / "out")]) == 0
+    assert list(table(tmp_path / "out")) == ["joint"]
+
+
+def test_refusals(report, tmp_path, capsys):
+    """What differs in anything but the seed is not averaged; what may differ is."""
+    top = str(tmp_path)
+    assert "no results.json" in refused(report, capsys, top)
+    first = write(tmp_path, "a", results(0))
+    forked = results(1, start_task=1, print_freq=7)
+    second = write(tmp_path, "a", forked)
+    assert run_main(report.main, [top]) == 0 and table(tmp_path)["a"]["n"] == "2"
+    assert "no such row; did you mean 'a'?" in refused(report, capsys, top, "--rows", "aa")
+    second.write_text(json.dumps(results(1, lr=0.3)))
+    said = refused(report, capsys, top)
+    assert str(first) in said and str(second) in said and "lr differs (0.1, 0.3)" in said
+    fewer = results(1)
+    fewer["tasks"][1]["train_images"] = 19
+    second.write_text(json.dumps(fewer))
+    assert "train_images a task differs ([20, 20], [20, 19])" in refused(report, capsys, top)
+    second.write_text(json.dumps(results(0)))
+    assert "both have seed 0" in refused(report, capsys, top)
+    second.write_text(json.dumps(results(1) | {"quantization_error": [["x"]]}))
+    assert "quantization_error" in refused(report, capsys, top)
+
+
+def test_same_settings_under_two_names(report, tmp_path):
+    """Equal but for the seed: one row; with a seed in common: a row each."""
+    write(tmp_path, "a", results(0))
+    second = write(tmp_path, "b", results(1))
+    assert run_main(report.main, [str(tmp_path)]) == 0 and table(tmp_path)["a + b"]["n"] == "2"
+    second.write_text(json.dumps(results(0)))
+    assert run_main(report.main, [str(tmp_path)]) == 0 and list(table(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is missing")
+def test_same_bytes(report, tmp_path, monkeypatch):
+    """The same files from the same results wherever they lie, pictures included; no path of this machine in them."""
+    monkeypatch.setattr(report, "find_spec", find_spec)
+    written = []
+    for place in ("one", "another/place"):
+        for seed in (1, 0) if place == "one" else (0, 1):
+            write(tmp_path / place, "row", results(seed, 40 + seed))
+        out = tmp_path / "out" / place
+        assert run_main(report.main, [str(tmp_path / place), "--latex", "--out", str(out)]) == 0
+        written.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert written[0] == written[1] and len(written[0]) == 10
+    assert not any(str(tmp_path).encode() in content for content in written[0].values())
+    assert all(name in written[0]["report.md"].decode() for name in written[0] if name.endswith(".png"))
