@@ -25,7 +25,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +82,10 @@ class Run:
         return self.flags.get("seed", 0)
 
     @property
+    def is_source(self) -> bool:
+        return self.flags.get("num_tasks") == 1
+
+    @property
     def csv_dir(self) -> Path:
         """Of its tasks; they differ by seed."""
         return self.folder.parents[1] / "tasks" / digest([self.tasks, self.seed])
@@ -135,8 +139,11 @@ def read(path: Path, rows: bool = True) -> dict[str, Any]:
     return grid
 
 
-def runs(grid: dict[str, Any], out: Path, where: str) -> list[Run]:
-    """All runs of a grid, sources first, each after what it begins from. Raises UserError naming row and flag."""
+def runs(grid: dict[str, Any], out: Path, where: str, have: Container[str] = ()) -> list[Run]:
+    """All runs of a grid, sources first, each after what it begins from. Raises UserError naming row and flag.
+
+    ``have``: keys of runs of which the results alone are there, so that none can begin from them.
+    """
     found: dict[Path, Run] = {}
     leaders: list[tuple[Run, Config]] = []
     used = set()
@@ -153,10 +160,12 @@ def runs(grid: dict[str, Any], out: Path, where: str) -> list[Run]:
         config = checked(run, where)
         if run.folder in found:
             raise UserError(f"{where}: {name} and {found[run.folder].name} are the same run")
-        found[run.folder] = forked(run, config, leaders)
+        found[run.folder] = replace(run, after=()) if run.folder.name in have else forked(run, config, leaders)
     if unused := sorted(set(grid.get("exclude", {})) - used):
         raise UserError(f"{where}: the exclusion {unused[0]!r} leaves nothing out")
-    return sorted(found.values(), key=lambda run: run.seed)  # a sweep that is stopped has whole tables of fewer seeds
+    needed = {folder for run in found.values() for folder in run.after}
+    kept = [run for run in found.values() if not run.is_source or run.folder in needed]
+    return sorted(kept, key=lambda run: run.seed)  # a sweep that is stopped has whole tables of fewer seeds
 
 
 def combinations(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:

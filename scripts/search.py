@@ -31,7 +31,7 @@ from statistics import mean
 from typing import Any
 
 import _grid
-from sweep import Local, Sweep, duration, finished, result_file
+from sweep import Local, Sweep, duration
 
 from lifequant.cli import Parser, real, run_main, whole
 from lifequant.errors import UserError
@@ -52,22 +52,20 @@ class Search:
         """{row: its flags and scores} of rows without lists; those that diverged have no score."""
         grid = {**self.grid, "rows": rows}
         runs = _grid.runs(grid, self.out, str(self.path))
-        sweep = Sweep(runs, self.data_dir, self.out, self.out / self.path.stem, Local(self.jobs))
+        sweep = Sweep(runs, self.data_dir, self.out, self.out / self.path.stem, Local(self.jobs), {})
         sweep.go()
         self.seconds += sum(sweep.times.values())
         found = {}
         for row, flags in rows.items():
             mine = [run for run in runs if run.name.startswith(f"{row}/seed")]
-            scored = scored_by([json.loads(result_file(run).read_text()) for run in mine if finished(run)])
-            found[row] = {"flags": flags, **(scored if all(map(finished, mine)) else {})}
+            scored = scored_by([sweep.results(run) for run in mine]) if all(map(sweep.finished, mine)) else {}
+            found[row] = {"flags": flags, **scored}
             print(f"{row}: {found[row].get('score', 'diverged')}", flush=True)
         return found
 
 
 def scored_by(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, in percent; ``score`` is what decides."""
-    if not results:
-        return {}
     values = {
         "average_accuracy": mean(r["average_accuracy"] for r in results),
         "task_masked": mean(mean(r["top1_masked"][-1]) for r in results),

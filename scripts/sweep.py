@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import _grid
 from tqdm import tqdm
 
+from lifequant import checked_results
 from lifequant.cli import Parser, one_line, run_main, whole
 from lifequant.job import write_json
 
@@ -80,13 +81,34 @@ class Local:
 class Sweep:
     """The runs of a grid and where each stands."""
 
-    def __init__(self, runs: list[_grid.Run], data_dir: Path, out: Path, view: Path, executor: Executor) -> None:
-        self.runs, self.data_dir, self.out, self.view, self.executor = runs, data_dir, out, view, executor
+    def __init__(
+        self, runs: list[_grid.Run], data_dir: Path, out: Path, view: Path, executor: Executor, have: dict[str, Path]
+    ) -> None:
+        self.runs, self.data_dir, self.out, self.view, self.executor, self.have = (
+            runs,
+            data_dir,
+            out,
+            view,
+            executor,
+            have,
+        )
         self.weights = {run.folder: _grid.weight(run, data_dir) for run in runs}
-        self.times = {run.folder: spent(run) for run in runs if finished(run)}
+        self.times = {run.folder: spent(self.results(run)) for run in runs if self.finished(run)}
         self.waiting = [run for run in runs if run.folder not in self.times and not self.failure(run)]
         self.going: dict[Path, tuple[_grid.Run, Any]] = {}
         self.later: dict[Path, float] = {}  # in use elsewhere: when to look again
+
+    def file(self, run: _grid.Run) -> Path:
+        """results.json of a run; that of progressive bits is its last rung's."""
+        schedule = str(run.flags.get("bit_schedule", ""))
+        own = run.folder / (f"{schedule.split(',')[-1]}bit" if schedule else "") / "results.json"
+        return own if own.is_file() else self.have.get(run.folder.name, own)
+
+    def finished(self, run: _grid.Run) -> bool:
+        return self.file(run).is_file()
+
+    def results(self, run: _grid.Run) -> dict[str, Any]:
+        return json.loads(self.file(run).read_text(encoding="utf-8"))
 
     def failure(self, run: _grid.Run) -> str | None:
         """The last line of a run that failed, or of one that it should have begun from."""
@@ -144,8 +166,8 @@ class Sweep:
         bar.set_postfix_str(f"about {duration(left)} left" + f", {failed} failed" * bool(failed))
 
     def ended(self, run: _grid.Run, code: int, bar: tqdm) -> None:
-        if code == 0 and finished(run):
-            self.times[run.folder] = spent(run)
+        if code == 0 and self.finished(run):
+            self.times[run.folder] = spent(self.results(run))
             self.show(run)
         elif IN_USE in (line := last_line(run.folder / LOG)):
             self.later[run.folder] = time.monotonic() + 10
@@ -161,27 +183,28 @@ class Sweep:
         bar.update()
 
     def show(self, run: _grid.Run) -> None:
-        """A copy of its results where report.py looks; a source has no row."""
-        if run.flags.get("num_tasks") != 1:
+        """A copy of its results where report.py looks, with its key and the data's name; a source has no row."""
+        if not run.is_source:
             where = self.view / run.name
             where.mkdir(parents=True, exist_ok=True)
-            write_json(where / "results.json", json.loads(result_file(run).read_text(encoding="utf-8")))
+            results = self.results(run)
+            results["config"]["dataset"] = run.tasks["dataset"]
+            write_json(where / "results.json", {**results, "sweep": run.folder.name})
 
 
-def result_file(run: _grid.Run) -> Path:
-    """results.json of a run; that of progressive bits is its last rung's."""
-    schedule = str(run.flags.get("bit_schedule", ""))
-    return run.folder / (f"{schedule.split(',')[-1]}bit" if schedule else "") / "results.json"
-
-
-def finished(run: _grid.Run) -> bool:
-    return result_file(run).is_file()
-
-
-def spent(run: _grid.Run) -> float:
+def spent(results: dict[str, Any]) -> float:
     """Seconds, the process's start included."""
-    results = json.loads(result_file(run).read_text(encoding="utf-8"))
     return results["seconds"] + sum(results["time_share"][part] for part in ("startup_seconds", "compile_seconds"))
+
+
+def had(folders: Sequence[str]) -> dict[str, Path]:
+    """{key: results.json} of the runs that sweeps have shown in the folders."""
+    found = {}
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("results.json")):
+        key = checked_results.read(path, ("config", "time_share")).get("sweep")
+        if isinstance(key, str):
+            found[key] = path
+    return found
 
 
 def last_line(path: Path) -> str:
@@ -223,6 +246,9 @@ def main(argv: Sequence[str]) -> int:
         "--dry_run", action="store_true", help="show the runs and the time they would take; write nothing"
     )
     parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time (with --slurm: in the queue)")
+    parser.add_argument(
+        "--have", nargs="+", default=[], metavar="FOLDER", help="results of runs that are not to run again"
+    )
     parser.add_argument("--retry", action="store_true", help="run those again that failed")
     parser.add_argument("--slurm", action="store_true", help="submit the runs to Slurm (pip install lifequant[slurm])")
     parser.add_argument("--partition", help="of Slurm")
@@ -236,7 +262,8 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     grid, out, data_dir = Path(args.grid), Path(args.out).resolve(), Path(args.data_dir).resolve()
-    runs = _grid.runs(_grid.read(grid), out, args.grid)
+    have = had(args.have)
+    runs = _grid.runs(_grid.read(grid), out, args.grid, have)
     if args.slurm:
         from _slurm import Slurm
 
@@ -246,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
     if args.retry and not args.dry_run:
         for run in runs:
             shutil.rmtree(out / "failed" / run.folder.name, ignore_errors=True)
-    sweep = Sweep(runs, data_dir, out, out / grid.stem, executor)
+    sweep = Sweep(runs, data_dir, out, out / grid.stem, executor, have)
     print(plan(sweep), flush=True)
     if args.dry_run:
         return 0

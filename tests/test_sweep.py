@@ -91,6 +91,14 @@ def test_what_has_finished_or_failed_is_not_run_again(swept, images):
     assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("*.pt")}
 
 
+def test_results_alone_are_enough(swept, images, tmp_path):
+    """Of runs whose folders are gone, shown results are taken; what can't begin from them any more begins anew."""
+    folder, _ = swept
+    shutil.copytree(folder / "out" / "grid" / "replay", tmp_path / "kept" / "any name")
+    told = called(folder / "grid.toml", images, tmp_path / "out", "--have", str(tmp_path / "kept"), "--dry_run").stdout
+    assert "3 runs, 2 to do" in told and told.count("finished") == 2 and "after task 0" not in told
+
+
 def test_a_fork_is_the_run_alone(swept, images, tmp_path):
     """Every tensor, number and curve of the run whose task 0 was another's."""
     folder, _ = swept
