@@ -17,7 +17,8 @@ best if it gains at least --gain points; a part that lost more than --gain in a 
 many runs as there are parts, the whole search far less than the grid of all combinations, and it is repeated exactly: no
 sampler decides. (Optuna's samplers need more runs than there are here before they know more than that.)
 
-The score is the average accuracy on the held-out images, mean over seeds; the task-masked one for a method without replay.
+The score is the average accuracy on the held-out images, mean over seeds; where tasks share no class, it is the
+task-masked one for a method without replay, whose average is the last task's alone.
 --write takes what was found, and all that was tried, into a JSON file: a strength table or a preset's ``by_bits``.
 """
 
@@ -33,7 +34,7 @@ from typing import Any
 import _grid
 from sweep import Local, Sweep, duration
 
-from lifequant.cli import Parser, real, run_main, whole
+from lifequant.cli import Parser, real, run_main, share, whole
 from lifequant.errors import UserError
 from lifequant.files import write_all
 
@@ -58,13 +59,14 @@ class Search:
         found = {}
         for row, flags in rows.items():
             mine = [run for run in runs if run.name.startswith(f"{row}/seed")]
-            scored = scored_by([sweep.results(run) for run in mine]) if all(map(sweep.finished, mine)) else {}
+            disjoint = share(str(self.grid["tasks"]["diminish_rate"])) == 1
+            scored = scored_by([sweep.results(run) for run in mine], disjoint) if all(map(sweep.finished, mine)) else {}
             found[row] = {"flags": flags, **scored}
             print(f"{row}: {found[row].get('score', 'diverged')}", flush=True)
         return found
 
 
-def scored_by(results: list[dict[str, Any]]) -> dict[str, Any]:
+def scored_by(results: list[dict[str, Any]], disjoint: bool) -> dict[str, Any]:
     """Means over seeds, in percent; ``score`` is what decides."""
     values = {
         "average_accuracy": mean(r["average_accuracy"] for r in results),
@@ -72,7 +74,7 @@ def scored_by(results: list[dict[str, Any]]) -> dict[str, Any]:
         "forgetting": mean(r["forgetting"] for r in results),
     }
     replay = any(r["memory_bytes"]["replay"] for r in results)
-    values["score"] = values["average_accuracy" if replay else "task_masked"]
+    values["score"] = values["task_masked" if disjoint and not replay else "average_accuracy"]
     return {name: round(value, 2) for name, value in values.items()} | {"replay": replay, "seeds": len(results)}
 
 
