@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from lifequant import checked_results
 from lifequant.cli import Parser, one_line, run_main, whole
+from lifequant.errors import UserError
 from lifequant.job import write_json
 
 MAIN = Path(__file__).resolve().parents[1] / "resnet-20-cifar-10" / "main.py"
@@ -207,6 +208,20 @@ def had(folders: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def clear_old(view: Path, runs: list[_grid.Run], out: Path) -> None:
+    """Remove what a former version of the grid has shown and this one has not, where it can be had again.
+
+    Raises UserError where it is the only copy.
+    """
+    keys = {run.name: run.folder.name for run in runs}
+    for path in sorted(view.rglob("results.json")):
+        key = json.loads(path.read_text(encoding="utf-8")).get("sweep")
+        if keys.get(path.parent.relative_to(view).as_posix()) != key:
+            if not list((out / "runs" / str(key)).rglob("results.json")):
+                raise UserError(f"{path} is of no run of this grid, and its run's folder is gone: move it away")
+            path.unlink()
+
+
 def last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     return one_line(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"))
@@ -277,6 +292,7 @@ def main(argv: Sequence[str]) -> int:
     print(plan(sweep), flush=True)
     if args.dry_run:
         return 0
+    clear_old(sweep.view, runs, out)
     for run in runs:
         if run.folder in sweep.times:
             sweep.show(run)  # another grid may have run it

@@ -99,6 +99,18 @@ def test_results_alone_are_enough(swept, images, tmp_path):
     assert "3 runs, 2 to do" in told and told.count("finished") == 2 and "after task 0" not in told
 
 
+def test_what_a_former_grid_has_shown_goes_where_its_run_is_kept(swept, tmp_path):
+    folder, _ = swept
+    view = tmp_path / "view"
+    shutil.copytree(folder / "out" / "grid", view)
+    text = GRID.replace("replay_rate = 0.5", "replay_rate = 0.4")
+    runs = _grid.runs(_grid.read(write(tmp_path, text)), folder / "out", "grid")
+    with pytest.raises(UserError, match="its run's folder is gone"):
+        sweep.clear_old(view, runs, tmp_path)
+    sweep.clear_old(view, runs, folder / "out")
+    assert [path.parent.parent.name for path in view.rglob("results.json")] == ["replay"]
+
+
 def test_a_fork_is_the_run_alone(swept, images, tmp_path):
     """Every tensor, number and curve of the run whose task 0 was another's."""
     folder, _ = swept
