@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import _grid
+import _shown
 from tqdm import tqdm
 
-from lifequant import checked_results
 from lifequant.cli import Parser, one_line, run_main, whole
-from lifequant.errors import UserError
-from lifequant.job import write_json
 
 MAIN = Path(__file__).resolve().parents[1] / "resnet-20-cifar-10" / "main.py"
 LOG = f"sweep{os.getpid()}.log"  # what a run said to this sweep, in its folder
@@ -169,7 +167,7 @@ class Sweep:
     def ended(self, run: _grid.Run, code: int, bar: tqdm) -> None:
         if code == 0 and self.finished(run):
             self.times[run.folder] = spent(self.results(run))
-            self.show(run)
+            _shown.show(self.view, run, self.results(run))
         elif IN_USE in (line := last_line(run.folder / LOG)):
             self.later[run.folder] = time.monotonic() + 10
             self.waiting.append(run)
@@ -183,43 +181,10 @@ class Sweep:
             tqdm.write(f"{run.name} failed: {line}")
         bar.update()
 
-    def show(self, run: _grid.Run) -> None:
-        """A copy of its results where report.py looks, with its key and the data's name; a source has no row."""
-        if not run.is_source:
-            where = self.view / run.name
-            where.mkdir(parents=True, exist_ok=True)
-            results = self.results(run)
-            results["config"]["dataset"] = run.tasks["dataset"]
-            write_json(where / "results.json", {**results, "sweep": run.folder.name})
-
 
 def spent(results: dict[str, Any]) -> float:
     """Seconds, the process's start included."""
     return results["seconds"] + sum(results["time_share"][part] for part in ("startup_seconds", "compile_seconds"))
-
-
-def had(folders: Sequence[str]) -> dict[str, Path]:
-    """{key: results.json} of the runs that sweeps have shown in the folders."""
-    found = {}
-    for path in sorted(path for folder in folders for path in Path(folder).rglob("results.json")):
-        key = checked_results.read(path, ("config", "time_share")).get("sweep")
-        if isinstance(key, str):
-            found[key] = path
-    return found
-
-
-def clear_old(view: Path, runs: list[_grid.Run], out: Path) -> None:
-    """Remove what a former version of the grid has shown and this one has not, where it can be had again.
-
-    Raises UserError where it is the only copy.
-    """
-    keys = {run.name: run.folder.name for run in runs}
-    for path in sorted(view.rglob("results.json")):
-        key = json.loads(path.read_text(encoding="utf-8")).get("sweep")
-        if keys.get(path.parent.relative_to(view).as_posix()) != key:
-            if not list((out / "runs" / str(key)).rglob("results.json")):
-                raise UserError(f"{path} is of no run of this grid, and its run's folder is gone: move it away")
-            path.unlink()
 
 
 def last_line(path: Path) -> str:
@@ -277,7 +242,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     grid, out, data_dir = Path(args.grid), Path(args.out).resolve(), Path(args.data_dir).resolve()
-    have = had(args.have)
+    have = _shown.had(args.have)
     runs = _grid.runs(_grid.read(grid), out, args.grid, have)
     if args.slurm:
         from _slurm import Slurm
@@ -292,10 +257,10 @@ def main(argv: Sequence[str]) -> int:
     print(plan(sweep), flush=True)
     if args.dry_run:
         return 0
-    clear_old(sweep.view, runs, out)
+    _shown.clear_old(sweep.view, runs, out)
     for run in runs:
         if run.folder in sweep.times:
-            sweep.show(run)  # another grid may have run it
+            _shown.show(sweep.view, run, sweep.results(run))  # another grid may have run it
     sweep.go()
     failed = {run.name: line for run in runs if (line := sweep.failure(run))}
     for name, line in failed.items():

@@ -12,8 +12,8 @@ RESULTS = TOP / "resnet-20-cifar-10" / "results"
 GRIDS = TOP / "resnet-20-cifar-10" / "experiments"
 sys.path.insert(0, str(TOP / "scripts"))
 import _grid  # noqa: E402
+import _shown  # noqa: E402
 import report  # noqa: E402
-import sweep  # noqa: E402
 
 FOLDERS = sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
 
@@ -31,7 +31,7 @@ def test_tables(name, tmp_path):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_results_are_the_grids(name, tmp_path):
     """Each has the key that its grid gives to it: the settings in the file are those that were run."""
-    have = sweep.had([str(RESULTS / name)])
+    have = _shown.had([str(RESULTS / name)])
     runs = {run.name: run for run in _grid.runs(_grid.read(GRIDS / f"{name}.toml"), tmp_path, name, have)}
     for key, path in have.items():
         assert runs[path.parent.relative_to(RESULTS / name).as_posix()].folder.name == key

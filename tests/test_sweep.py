@@ -19,6 +19,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import _grid  # noqa: E402
 import _same  # noqa: E402
+import _shown  # noqa: E402
 import search  # noqa: E402
 import sweep  # noqa: E402
 
@@ -106,8 +107,8 @@ def test_what_a_former_grid_has_shown_goes_where_its_run_is_kept(swept, tmp_path
     text = GRID.replace("replay_rate = 0.5", "replay_rate = 0.4")
     runs = _grid.runs(_grid.read(write(tmp_path, text)), folder / "out", "grid")
     with pytest.raises(UserError, match="its run's folder is gone"):
-        sweep.clear_old(view, runs, tmp_path)
-    sweep.clear_old(view, runs, folder / "out")
+        _shown.clear_old(view, runs, tmp_path)
+    _shown.clear_old(view, runs, folder / "out")
     assert [path.parent.parent.name for path in view.rglob("results.json")] == ["replay"]
 
 
