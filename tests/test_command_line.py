@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import read, same
+from equal import read, same
 from tiny import SIDE, Tiny, arguments, settings, train, write_csvs
 
 import lifequant

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Killed, kill_at, read, same
+from equal import Killed, kill_at, read, same
 from tiny import TRAIN, Tiny, arguments, settings, train
 
 import lifequant

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import read, same
+from equal import read, same
 from tiny import arguments, settings, train
 
 from lifequant import checkpoint, log

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import read, same
+from equal import read, same
 from tiny import arguments, settings, train
 
 from lifequant import checkpoint

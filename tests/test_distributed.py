@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import read
+from equal import read
 from tiny import Tiny, arguments, settings, train
 
 from lifequant import distributed, options

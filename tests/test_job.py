@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import Killed, kill_at, read, same
+from equal import Killed, kill_at, read, same
 from tiny import Tiny, arguments, settings, train
 
 from lifequant import checkpoint, registry, results

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import read, same
+from equal import read, same
 from tiny import arguments, settings, train
 
 from lifequant import checkpoint, faults, job, signals

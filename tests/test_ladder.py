@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import Killed, kill_at, read, same
+from equal import Killed, kill_at, read, same
 from tiny import arguments, settings
 
 from lifequant import checkpoint, options, results

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import TIMES
+from equal import TIMES
 from PIL import Image
 from tiny import SIDE, Tiny, arguments, settings, train
 from torchvision.transforms import functional as reference

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Killed, read, same
+from equal import Killed, read, same
 from tiny import arguments, settings, train
 
 from lifequant import checkpoint, checks, finite

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import read
+from equal import read
 from tiny import train
 
 from lifequant import checkpoint

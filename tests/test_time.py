@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from compare import Killed, kill_at, read, same
+from equal import Killed, kill_at, read, same
 from tiny import arguments, settings, train
 
 from lifequant import background, checkpoint, clock, data, options, results
