@@ -32,6 +32,7 @@ from statistics import mean
 from typing import Any
 
 import _grid
+import _shown
 from sweep import Local, Sweep, duration
 
 from lifequant.cli import Parser, real, run_main, share, whole
@@ -42,8 +43,8 @@ from lifequant.files import write_all
 class Search:
     """Runs rows of a grid and scores them."""
 
-    def __init__(self, path: Path, data_dir: Path, out: Path, jobs: int) -> None:
-        self.path, self.data_dir, self.out, self.jobs = path, data_dir, out, jobs
+    def __init__(self, path: Path, data_dir: Path, out: Path, jobs: int, have: dict[str, Path]) -> None:
+        self.path, self.data_dir, self.out, self.jobs, self.have = path, data_dir, out, jobs, have
         self.grid = _grid.read(path, rows=False)
         if not self.grid["tasks"].get("held_out"):
             raise UserError(f"{path}: [tasks] needs held_out: a search does not read test images")
@@ -52,8 +53,8 @@ class Search:
     def scores(self, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """{row: its flags and scores} of rows without lists; those that diverged have no score."""
         grid = {**self.grid, "rows": rows}
-        runs = _grid.runs(grid, self.out, str(self.path))
-        sweep = Sweep(runs, self.data_dir, self.out, self.out / self.path.stem, Local(self.jobs), {})
+        runs = _grid.runs(grid, self.out, str(self.path), self.have)
+        sweep = Sweep(runs, self.data_dir, self.out, self.out / self.path.stem, Local(self.jobs), self.have)
         sweep.go()
         self.seconds += sum(sweep.times.values())
         found = {}
@@ -116,20 +117,20 @@ def parts(search: Search, gain: float, rounds: int) -> dict[str, Any]:
     tried = [{"round": 0, "part": "start", **best}]
     for number in range(1, rounds + 1):
         rows = {
-            named(p, o): {**chosen, **o} for p, choices in left.items() for o in choices if {**chosen, **o} != chosen
+            f"{number} {named(p, o)}": (p, o)
+            for p, choices in left.items()
+            for o in choices
+            if {**chosen, **o} != chosen
         }
-        if not rows:
-            break
-        found = search.scores(rows)
+        found = search.scores({name: {**chosen, **own} for name, (_, own) in rows.items()}) if rows else {}
         tried += [{"round": number, "part": name, **row} for name, row in found.items()]
-        scored = {name: row for name, row in found.items() if "score" in row}
-        name = max(scored, key=lambda row: scored[row]["score"], default=None)
-        if name is None or scored[name]["score"] < best["score"] + gain:
+        scored = {name: row["score"] for name, row in found.items() if "score" in row}
+        name = max(scored, key=scored.get, default=None)
+        if name is None or scored[name] < best["score"] + gain:
             break
-        taken = next(part for part in left if name.startswith(part + " "))
-        lost = {n for n, row in found.items() if row.get("score", 0) < best["score"] - gain}
-        chosen, best = scored[name]["flags"], scored[name]
-        left = {p: [o for o in choices if named(p, o) not in lost] for p, choices in left.items() if p != taken}
+        lost = [own for other, (_, own) in rows.items() if scored.get(other, 0) < best["score"] - gain]
+        chosen, best, taken = found[name]["flags"], found[name], rows[name][0]
+        left = {p: [o for o in choices if o not in lost] for p, choices in left.items() if p != taken}
     return {"settings": chosen, "score": best["score"], "tried": tried}
 
 
@@ -139,11 +140,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data_dir", required=True, help="folder with train/<class>/*")
     parser.add_argument("--out", required=True, help="folder of the runs; those that are finished are not run again")
     parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time")
+    parser.add_argument(
+        "--have", nargs="+", default=[], metavar="FOLDER", help="results of runs that are not to run again"
+    )
     parser.add_argument("--gain", type=real(0), default=0.5, help="points that a part must gain")
     parser.add_argument("--rounds", type=whole(1), default=4, help="parts to choose at most")
     parser.add_argument("--write", help="JSON file of what was found and of all that was tried")
     args = parser.parse_args(argv)
-    search = Search(Path(args.grid), Path(args.data_dir).resolve(), Path(args.out).resolve(), args.jobs)
+    search = Search(
+        Path(args.grid), Path(args.data_dir).resolve(), Path(args.out).resolve(), args.jobs, _shown.had(args.have)
+    )
     found = strengths(search) if "strength" in search.grid else parts(search, args.gain, args.rounds)
     words = (Path(word).name if Path(word).is_absolute() else word for word in argv)
     record = {

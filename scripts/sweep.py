@@ -128,6 +128,9 @@ class Sweep:
     def go(self) -> None:
         """Until nothing is left to do."""
         signal.signal(signal.SIGTERM, interrupted)
+        for run in self.runs:
+            if run.folder in self.times:  # another grid may have run it
+                _shown.show(self.view, run, self.results(run))
         for run in {run.csv_dir: run for run in self.waiting}.values():
             _grid.write_tasks(run, self.data_dir)
         with tqdm(total=len(self.runs), initial=len(self.runs) - len(self.waiting), unit="run") as bar:
@@ -258,9 +261,6 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         return 0
     _shown.clear_old(sweep.view, runs, out)
-    for run in runs:
-        if run.folder in sweep.times:
-            _shown.show(sweep.view, run, sweep.results(run))  # another grid may have run it
     sweep.go()
     failed = {run.name: line for run in runs if (line := sweep.failure(run))}
     for name, line in failed.items():

@@ -227,7 +227,7 @@ def test_search_takes_what_gains(monkeypatch, tmp_path):
     )
     found = search.parts(fake, gain=1.0, rounds=5)
     assert found["settings"] == {"x": 1, "a": 1, "b": 1} and found["score"] == 15
-    assert asked == [{"start"}, {"a a=1", "b b=1", "c c=1"}, {"b b=1"}]
+    assert asked == [{"start"}, {"1 a a=1", "1 b b=1", "1 c c=1"}, {"2 b b=1"}]
 
 
 def test_search_never_reads_a_test_image(images, tmp_path):
