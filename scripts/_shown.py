@@ -41,7 +41,8 @@ def clear_old(view: Path, runs: Sequence[Run], out: Path) -> None:
     keys = {run.name: run.folder.name for run in runs}
     for path in sorted(view.rglob("results.json")):
         key = json.loads(path.read_text(encoding="utf-8")).get("sweep")
-        if keys.get(path.parent.relative_to(view).as_posix()) != key:
+        name = path.parent.relative_to(view).as_posix()
+        if name not in keys or keys[name] != key:
             if not list((out / "runs" / str(key)).rglob("results.json")):
                 raise UserError(f"{path} is of no run of this grid, and its run's folder is gone: move it away")
             path.unlink()
