@@ -49,12 +49,13 @@ def error_growth(run: Run) -> list[float] | None:
 
 
 def short_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Labels without the folders that all have in common, cut in front; a $ would begin a formula."""
+    """Labels without the folders that all have in common, at either end, cut in front; a $ would begin a formula."""
     parts = [row.label.split("/") for row in rows]
-    same = 0
-    while len(rows) > 1 and all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
-        same += 1
-    names = ["/".join(p[same:]) for p in parts]
+    for end in (0, -1):
+        while len(rows) > 1 and all(len(p) > 1 and p[end] == parts[0][end] for p in parts):
+            for p in parts:
+                del p[end]
+    names = ["/".join(p) for p in parts]
     cut = [name if len(name) <= LONGEST else "…" + name[1 - LONGEST :] for name in names]
     return {row.label: name.replace("$", r"\$") for row, name in zip(rows, cut, strict=True)}
 
