@@ -154,7 +154,8 @@ class Sweep:
             run.folder.mkdir(parents=True, exist_ok=True)
             self.going[run.folder] = run, self.executor.start(run.arguments(self.data_dir), run.folder / LOG)
         lost = [run for run in self.waiting if self.failure(run)]
-        bar.update(len(lost))
+        if lost:
+            bar.update(len(lost))
         self.waiting = [run for run in self.waiting if run not in ready and run not in lost]
         return bool(ended or ready or lost)
 

@@ -87,7 +87,7 @@ def test_matrix_and_hparams(job):
     plugins = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
     content = root.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     settings = plugins.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert settings["method"].string_value == "ours" and settings["ll_lambda"].number_value == 30
+    assert settings["method"].string_value == "ours" and settings["ll_lambda"].number_value == 3
 
 
 def test_matrix_picture():

@@ -24,7 +24,7 @@ class EWC(Regulariser):
     """
 
     help = "elastic weight consolidation, an anchor for each task (Kirkpatrick et al., PNAS 2017)"
-    parts = Regulariser.parts | {"ll_lambda": 10.0}
+    parts = Regulariser.parts | {"ll_lambda": 0.3}
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:

@@ -21,7 +21,7 @@ class MAS(Regulariser):
     """
 
     help = "memory aware synapses: sensitivity of the outputs' norm (Aljundi et al., ECCV 2018)"
-    parts = Regulariser.parts | {"ll_lambda": 0.01}
+    parts = Regulariser.parts | {"ll_lambda": 0.0003}
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
