@@ -176,9 +176,10 @@ def finish_training(run: Run, task: Task) -> None:
         model.load_state_dict(run.average.averaged_state(model))
     if config.bn_reestimate:
         with run.clock.part("bn_reestimate", "step"):
-            order = torch.randperm(len(task.pool), generator=generator(config.seed, "bn", task.id))
-            rows = task.pool[order[: config.bn_reestimate * config.train_batch_size].to(task.pool.device)]
-            reestimate_bn(model, (task.batch(part)[0] for part in rows.split(config.train_batch_size)))
+            noise, size = generator(config.seed, "bn", task.id), config.train_batch_size
+            order = torch.randperm(len(task.pool), generator=noise).to(task.near.device)
+            batches = min(config.bn_reestimate, -(-len(order) // size))
+            reestimate_bn(model, (make_batch(task, order, index, size, noise).x for index in range(batches)))
     if config.head_epochs:
         with run.clock.part("head", "step"):
             noise = generator(config.seed, "head", task.id)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ import torch.nn.functional as F
 from small_net import SmallNet
 from torch import Tensor, nn
 
-from lifequant import registry
+from lifequant import options, registry
+from lifequant.augment import MEAN, STD
+from lifequant.methods.base import Task
 from lifequant.quantizers.layers import Scheme, calibrate, weight_layers
 from lifequant.stability import Oscillations, reestimate_bn
+from lifequant.train import finish_training
 
 
 def small_net(name: str = "lsq", bits: int = 4, per_channel: bool = False) -> SmallNet:
@@ -48,6 +53,19 @@ def statistics(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased variance of each channel of [N, C, H, W]."""
     rows = y.transpose(1, 0, 2, 3).reshape(y.shape[1], -1)
     return rows.mean(1), ((rows - rows.mean(1, keepdims=True)) ** 2).sum(1) / (rows.shape[1] - 1)
+
+
+def test_a_run_takes_the_statistics_of_what_it_trained_on():
+    """Augmented images: those that are not have less padding at their edges, and other statistics."""
+    images, every = torch.full((10, 3, 8, 8), 200, dtype=torch.uint8), torch.arange(10)
+    task = Task(0, [0], images, torch.zeros(10, dtype=torch.int64), every, every[:0], every[:0], 1, 4)
+    task.augment = lambda taken, noise: torch.zeros_like(taken)
+    model, clock = nn.BatchNorm2d(3), SimpleNamespace(part=lambda *names: contextlib.nullcontext())
+    run = SimpleNamespace(
+        config=options.make(bn_reestimate=2, train_batch_size=4), model=model, best={}, average=None, clock=clock
+    )
+    finish_training(run, task)
+    np.testing.assert_allclose(model.running_mean, -np.array(MEAN) / np.array(STD), rtol=1e-5)
 
 
 def test_reestimated_statistics():
