@@ -102,7 +102,10 @@ class Config:
     method: str = flag("ours", METHOD, "lifelong method (or life_q: the quantizer proxq, the method by --ll_method)")
     ll_method: str | None = flag(None, METHOD, "lifelong method, where --method names a quantizer")
     preset: str | None = flag(
-        None, METHOD, "settings kept as data; paper: ours to the letter of the paper", choices=presets.names()
+        None,
+        METHOD,
+        "settings kept as data; paper: ours to the letter of the paper; tuned: the best that a search found",
+        choices=presets.names(),
     )
     balanced: bool | None = switch(None, METHOD, "False: ours with plain cross entropy and uniform sampling")
     loss: str = flag("", METHOD, "task loss (default: the method's)", choices=list(LOSSES))

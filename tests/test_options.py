@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -214,3 +215,14 @@ def test_every_flag_is_explained():
     for action in parser._actions:
         if defaults.get(action.dest) not in (None, ""):
             assert "default" in action.help, action.dest
+
+
+@pytest.mark.parametrize("bits", ["4", "2"])
+def test_preset_tuned_is_what_the_search_chose(bits):
+    """The flags of the best row; no part on top of it gained half a point."""
+    file = Path(__file__).resolve().parents[1] / f"resnet-20-cifar-10/results/search_tuned_{bits}bit/found.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["settings"] == presets.settings("tuned", int(bits))
+    scores = {json.dumps(row["flags"], sort_keys=True): row["score"] for row in found["tried"]}
+    assert scores[json.dumps(found["settings"], sort_keys=True)] > max(scores.values()) - 0.5
+    assert found["protocol"]["tasks"]["held_out"] and found["protocol"]["flags"]["bitW"] == int(bits)
