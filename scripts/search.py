@@ -1,6 +1,6 @@
 """Find settings on training images that are held out; no test image is read.
 
-    python scripts/search.py resnet-20-cifar-10/experiments/search_tuned.toml --data_dir data_dir/cifar100 --out experiment/search --jobs 2
+    python scripts/search.py resnet-20-cifar-10/experiments/search_tuned_4bit.toml --data_dir data_dir/cifar100 --out experiment/search --jobs 2
 
 The grid is that of sweep.py, with held_out in [tasks], and one of two things in place of [rows]:
 
