@@ -109,8 +109,9 @@ def settings(run: Run) -> dict[str, Any]:
     tasks = run.results["tasks"]
     kept["number of tasks"] = len(tasks)
     kept["classes a task"] = [len(task["classes"]) for task in tasks]
-    for images in ("train_images", "replay_images", "test_images"):
+    for images in ("train_images", "test_images"):
         kept[f"{images} a task"] = [task[images] for task in tasks]
+    kept["bytes of replay"] = run.results["memory_bytes"]["replay"]  # how many a task draws goes by its classes, by the seed
     return kept
 
 

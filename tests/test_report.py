@@ -148,6 +148,7 @@ def test_refusals(report, tmp_path, capsys):
     assert "no results.json" in refused(report, capsys, top)
     first = write(tmp_path, "a", results(0))
     forked = results(1, start_task=1, print_freq=7)
+    forked["tasks"][1]["replay_images"] += 1  # which of the stored ones have a class of the task is the seed's
     second = write(tmp_path, "a", forked)
     assert run_main(report.main, [top]) == 0 and table(tmp_path)["a"]["n"] == "2"
     assert "no such row; did you mean 'a'?" in refused(report, capsys, top, "--rows", "aa")
