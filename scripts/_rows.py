@@ -111,7 +111,9 @@ def settings(run: Run) -> dict[str, Any]:
     kept["classes a task"] = [len(task["classes"]) for task in tasks]
     for images in ("train_images", "test_images"):
         kept[f"{images} a task"] = [task[images] for task in tasks]
-    kept["bytes of replay"] = run.results["memory_bytes"]["replay"]  # how many a task draws goes by its classes, by the seed
+    kept["bytes of replay"] = run.results["memory_bytes"][
+        "replay"
+    ]  # how many a task draws goes by its classes, by the seed
     return kept
 
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from _rows import COSTS, LEVEL, SCORES, Metric, Row, Table, settings
+from _rows import ACCURACY, COSTS, FORGETTING, LEVEL, SCORES, Metric, Row, Table, paired_t_test, settings
 from compare import number
 
 MARK = "†"
@@ -121,7 +121,29 @@ def markdown(table: Table) -> str:
     for row, cells in zip(table.rows, grid(table, " ± ", "**{}**"), strict=True):
         lines.append("| " + " | ".join([code(row.label) + (f" {MARK}" if row.exceeds else ""), *cells]) + " |")
     said = [f"- {line}" for line in [*headers(table), *notes(table)]]
-    return "\n".join([f"## {table.bits}", "", *said[:3], "", *lines, "", *said[3:], ""])
+    return "\n".join([f"## {table.bits}", "", *said[:3], "", *lines, "", *said[3:], "", *paired(table)])
+
+
+def paired(table: Table) -> list[str]:
+    """The others' differences from the row with the best average, over the seeds that both have; nothing of one seed."""
+    best, *others = [row for row in table.rows if not row.first.joint] or [None]
+    lines = []
+    for row in others:
+        cells, n = [], 0
+        for metric in (ACCURACY, FORGETTING):
+            mine, its = row.values(metric), best.values(metric)
+            differences = [mine[seed] - its[seed] for seed in mine if seed in its]
+            n = n or len(differences)
+            if len(differences) > 1:
+                cells += [f"{statistics.fmean(differences):+.2f}", f"{paired_t_test(differences):.3f}"]
+            else:
+                cells += ["-", "-"]
+        if n > 1:
+            lines.append(f"| {code(row.label)} | {n} | " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    said = f"Differences from {code(best.label)}, seed by seed (mean; p of a paired t-test, two-sided):"
+    return [said, "", "| row | n | average | p | forgetting | p |", "|---|---:|---:|---:|---:|---:|", *lines, ""]
 
 
 def csv_text(found: Sequence[Table]) -> str:

@@ -120,6 +120,8 @@ def test_means_and_bold(report, tmp_path, capsys):
         assert line["n"] == "3" and line["seeds"] == "0 1 2" and float(line["other_kB_mean"]) == 0.5
     assert [got[f"deep/{row}"]["average_accuracy_best"] for row in "abcd"] == ["1", "0", "0", "0"]
     assert "| `deep/a` | 3 | **61.00 ± 1.00** | 90.00 ± 0.00 | **19.00 ± 1.00** |" in text
+    p = stats.ttest_rel(clear["b"], clear["a"]).pvalue
+    assert "Differences from `deep/a`, seed by seed" in text and f"| `deep/b` | 3 | -10.00 | {p:.3f} | " in text
     assert "| `deep/c` | 3 | 50.00 ± 10.00 |" in text and "paired t-test" in text
     assert r"\texttt{deep/a} & 3 & \textbf{61.00 $\pm$ 1.00}" in latex
     assert text.index("## 4 bits") < text.index("`deep/a`") < text.index("`deep/b`") < text.index("## 2 bits")
