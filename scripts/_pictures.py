@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _rows import ACCURACY, FORGETTING, SPEED, TOTAL, Row, Run, Table
+from _rows import ACCURACY, FORGETTING, SPEED, TOTAL, Row, Table, error_growth
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F")
 MARKERS = "osD^vPX*<>"
@@ -38,14 +38,6 @@ def layer_shifts(results: dict[str, Any]) -> dict[str, float]:
         for layer, matrix in results["space_shift"].items()
     }
     return {layer: statistics.fmean(values) for layer, values in pairs.items() if values}
-
-
-def error_growth(run: Run) -> list[float] | None:
-    """xi(s, T) / xi(s, s) of each former task s, T the last; None where a network has no quantization error."""
-    xi = run.results["quantization_error"]
-    if run.joint or len(xi) < 2 or any(xi[s][s] <= 0 or xi[-1][s] <= 0 for s in range(len(xi) - 1)):
-        return None
-    return [xi[-1][s] / xi[s][s] for s in range(len(xi) - 1)]
 
 
 def short_names(rows: Sequence[Row]) -> dict[str, str]:

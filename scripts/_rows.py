@@ -256,3 +256,22 @@ def shift_and_forgetting(title: str, rows: Sequence[Row]) -> str:
     if abs(rho) == 1:
         return f"{title}: {rho:+.2f}, no interval at this extreme (n = {len(pairs)} runs)"
     return f"{title}: {rho:+.2f}, 95 % interval {low:+.2f} .. {high:+.2f} (n = {len(pairs)} runs)"
+
+
+def error_growth(run: Run) -> list[float] | None:
+    """xi(s, T) / xi(s, s) of each former task s, T the last; None where a network has no quantization error."""
+    xi = run.results["quantization_error"]
+    if run.joint or len(xi) < 2 or any(xi[s][s] <= 0 or xi[-1][s] <= 0 for s in range(len(xi) - 1)):
+        return None
+    return [xi[-1][s] / xi[s][s] for s in range(len(xi) - 1)]
+
+
+def errors_that_fell(rows: Sequence[Row]) -> str:
+    """How often the last model's quantization error on a former task is below that of the model of that task's time."""
+    found = [ratio for row in rows for run in row.runs for ratio in error_growth(run) or ()]
+    if not found:
+        return "no run has a quantization error of a former task"
+    fell = sum(ratio < 1 for ratio in found)
+    return (
+        f"below 1 in {fell} of {len(found)} cases (former tasks of all runs), from {min(found):.2f} to {max(found):.2f}"
+    )

@@ -106,9 +106,10 @@ def test_means_and_bold(report, tmp_path, capsys):
     for bits, found in ((4, clear), (2, noisy)):
         for row, values in found.items():
             for seed, accuracy in enumerate(values):
-                write(
-                    tmp_path, f"deep/{row}", results(seed, accuracy, shift=1 / accuracy, bitW=bits, abitW=bits, lr=bits)
-                )
+                run = results(seed, accuracy, shift=1 / accuracy, bitW=bits, abitW=bits, lr=bits)
+                if (row, seed) == ("a", 0):
+                    run["quantization_error"] = [[4.0, 2.0], [1.0, 2.0]]  # the others': from 1 to 3
+                write(tmp_path, f"deep/{row}", run)
     assert run_main(report.main, [str(tmp_path), "--latex"]) == 0
     assert "n = 12 runs" in capsys.readouterr().out
     got, text, latex = (tmp_path / name for name in ("table.csv", "report.md", "table.tex"))
@@ -122,6 +123,7 @@ def test_means_and_bold(report, tmp_path, capsys):
     assert "| `deep/a` | 3 | **61.00 ± 1.00** | 90.00 ± 0.00 | **19.00 ± 1.00** |" in text
     p = stats.ttest_rel(clear["b"], clear["a"]).pvalue
     assert "Differences from `deep/a`, seed by seed" in text and f"| `deep/b` | 3 | -10.00 | {p:.3f} | " in text
+    assert "below 1 in 1 of 12 cases (former tasks of all runs), from 0.25 to 3.00" in text
     assert "| `deep/c` | 3 | 50.00 ± 10.00 |" in text and "paired t-test" in text
     assert r"\texttt{deep/a} & 3 & \textbf{61.00 $\pm$ 1.00}" in latex
     assert text.index("## 4 bits") < text.index("`deep/a`") < text.index("`deep/b`") < text.index("## 2 bits")
