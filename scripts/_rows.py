@@ -59,6 +59,11 @@ class Row:
         found = {run.seed: metric.of(run.results) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def minus(self, other: Row, metric: Metric) -> list[float]:
+        """Differences over the seeds that both have."""
+        mine, its = self.values(metric), other.values(metric)
+        return [mine[seed] - its[seed] for seed in mine if seed in its]
+
     def mean(self, metric: Metric) -> float | None:
         values = self.values(metric)
         return statistics.fmean(values.values()) if values else None
@@ -174,9 +179,8 @@ class Table:
         if not metric.better or len(scored) < 2:
             return None
         (_, best), (_, second), *_ = sorted(scored, key=lambda pair: -metric.better * pair[0])
-        a, b = best.values(metric), second.values(metric)
-        differences = [metric.better * (a[seed] - b[seed]) for seed in a if seed in b]
-        return best if sum(differences) > 0 and paired_t_test(differences) < LEVEL else None
+        differences = best.minus(second, metric)
+        return best if metric.better * sum(differences) > 0 and paired_t_test(differences) < LEVEL else None
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

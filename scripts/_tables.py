@@ -129,17 +129,10 @@ def paired(table: Table) -> list[str]:
     best, *others = [row for row in table.rows if not row.first.joint] or [None]
     lines = []
     for row in others:
-        cells, n = [], 0
-        for metric in (ACCURACY, FORGETTING):
-            mine, its = row.values(metric), best.values(metric)
-            differences = [mine[seed] - its[seed] for seed in mine if seed in its]
-            n = n or len(differences)
-            if len(differences) > 1:
-                cells += [f"{statistics.fmean(differences):+.2f}", f"{paired_t_test(differences):.3f}"]
-            else:
-                cells += ["-", "-"]
-        if n > 1:
-            lines.append(f"| {code(row.label)} | {n} | " + " | ".join(cells) + " |")
+        found = [row.minus(best, metric) for metric in (ACCURACY, FORGETTING)]
+        if len(found[0]) > 1:
+            cells = [f"{statistics.fmean(d):+.2f} | {paired_t_test(d):.3f}" if len(d) > 1 else "- | -" for d in found]
+            lines.append(f"| {code(row.label)} | {len(found[0])} | " + " | ".join(cells) + " |")
     if not lines:
         return []
     said = f"Differences from {code(best.label)}, seed by seed (mean; p of a paired t-test, two-sided):"

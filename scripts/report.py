@@ -126,13 +126,8 @@ def main(argv: Sequence[str]) -> None:
             text += [f"![{name.removesuffix('.png')}]({name})", "", caption, ""]
             print(f"wrote {one_line(out / name)}")
     text += ["## Space shift and forgetting", "", RELATION, "", *(f"- {line}" for line in relation), ""]
-    text += [
-        "## Quantization error",
-        "",
-        f"xi(s,T) / xi(s,s): {errors_that_fell(rows)}. The paper proves at least 1.",
-        "",
-    ]
-    text += [LEGEND, ""]
+    fell = f"xi(s,T) / xi(s,s): {errors_that_fell(rows)}. The paper proves at least 1."
+    text += ["## Quantization error", "", fell, "", LEGEND, ""]
     print("Spearman's correlation of space shift and forgetting:", *relation, sep="\n  ")
     written = {"report.md": "\n".join(text), "table.csv": csv_text(found)}
     if args.latex:

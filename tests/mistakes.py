@@ -1,7 +1,8 @@
 """docs/mistakes.md: sessions of a terminal, run as they stand there. ``python tests/mistakes.py`` writes the answers anew.
 
 A block is a new folder with images/ and the task CSVs csvs/ of two tasks. A line ``$ python <program> ...`` is run through that
-program's own main, any other ``$`` line by a shell; below a program's line stands what it says on stderr.
+program's own main, any other ``$`` line by a shell; below a program's line stands what it says on stderr, with <here> for
+the folder of the block and <lifequant> for the clone.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def play(block: str, tiny: Tiny, folder: Path) -> tuple[str, list[int]]:
             said = io.StringIO()
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 codes.append(run_main(PROGRAMS[words[1]], words[2:]))
-            text = said.getvalue().replace(str(folder), "/work").replace(os.path.relpath(TOP), "lifequant")
-            lines.append(text.replace(str(TOP), "/lifequant").rstrip("\n"))
+            text = said.getvalue().replace(str(folder), "<here>").replace(os.path.relpath(TOP), "lifequant")
+            lines.append(text.replace(str(TOP), "<lifequant>").rstrip("\n"))
     finally:
         os.chdir(before)
     return "\n".join(lines) + "\n", codes

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.layers import Scheme
+from lifequant import registry
+from lifequant.quantizers.layers import Scheme, calibrate
 
 
 class SmallNet(nn.Module):
@@ -17,3 +19,13 @@ class SmallNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))))
         return self.fc(x.mean((2, 3)))
+
+
+def small_net(name: str = "lsq", bits: int = 4, per_channel: bool = False) -> SmallNet:
+    """Calibrated, with activations of 4 bits."""
+    torch.manual_seed(0)
+    family = registry.quantizer(name)
+    model = SmallNet(Scheme(family, family, weight_bits=bits, per_channel=per_channel))
+    if bits != 32:
+        calibrate(model, torch.randn(8, 3, 8, 8))
+    return model

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from small_net import SmallNet
+from small_net import SmallNet, small_net
 from torch import Tensor, nn
 
 from lifequant import registry
@@ -16,17 +16,8 @@ from lifequant.data import DataSet, Store
 from lifequant.exemplars import class_means, features, nme_accuracy, nme_hits, nme_predict
 from lifequant.head import balanced_order, train_head
 from lifequant.methods.base import Task
-from lifequant.quantizers.layers import QuantLinear, Scheme, calibrate, weight_layers
+from lifequant.quantizers.layers import QuantLinear, weight_layers
 from lifequant.stability import reestimate_bn
-
-
-def small_net(bits: int = 4) -> SmallNet:
-    torch.manual_seed(0)
-    family = registry.quantizer("lsq")
-    model = SmallNet(Scheme(family, family, weight_bits=bits, act_bits=bits))
-    calibrate(model, torch.randn(8, 3, 8, 8))
-    return model
-
 
 # Averaged weights
 
