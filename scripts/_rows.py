@@ -116,9 +116,8 @@ def settings(run: Run) -> dict[str, Any]:
     kept["classes a task"] = [len(task["classes"]) for task in tasks]
     for images in ("train_images", "test_images"):
         kept[f"{images} a task"] = [task[images] for task in tasks]
-    kept["bytes of replay"] = run.results["memory_bytes"][
-        "replay"
-    ]  # how many a task draws goes by its classes, by the seed
+    # Not their images a task: how many of the stored ones have a class that the task lacks goes by the seed.
+    kept["bytes of replay"] = run.results["memory_bytes"]["replay"]
     return kept
 
 
