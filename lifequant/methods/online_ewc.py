@@ -21,7 +21,7 @@ class OnlineEWC(Regulariser):
     """
 
     help = "online elastic weight consolidation, one anchor (Schwarz et al., ICML 2018)"
-    parts = Regulariser.parts | {"ll_lambda": 10.0}
+    parts = Regulariser.parts | {"ll_lambda": 0.3}
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:

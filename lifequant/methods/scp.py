@@ -24,7 +24,7 @@ class SCP(Regulariser):
     """
 
     help = "sliced Cramer preservation: the distribution of outputs (Kolouri et al., ICLR 2020)"
-    parts = Regulariser.parts | {"ll_lambda": 1.0}
+    parts = Regulariser.parts | {"ll_lambda": 0.1}
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:

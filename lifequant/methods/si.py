@@ -23,7 +23,7 @@ class SI(Regulariser):
     """
 
     help = "synaptic intelligence: path integral of the task loss (Zenke et al., ICML 2017)"
-    parts = Regulariser.parts | {"ll_lambda": 1.0}
+    parts = Regulariser.parts | {"ll_lambda": 0.01}
     per_step_state = True
     importances = ("importance", "path")
 
