@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lifequant.losses import only
-from lifequant.methods.base import Batch, LifelongMethod
+from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.registry import register
 
 
 @register("method", "er_ace")
 class ERACE(LifelongMethod):
     """Replay; of a new image only the logits of classes present among the batch's new images take part in the loss, so
-    that new classes do not push the old ones down; replay images use all (Caccia et al., ICLR 2022, eq. 4).
+    that new classes do not push the old ones down; stored images use all (Caccia et al., ICLR 2022, eq. 4).
 
-    The loss of the whole batch is one mean, that of ``--loss`` on the masked logits; the paper adds two means.
+    The paper's memory is filled as images come, so that it has the task's own images, too: without them nothing ever
+    compares new classes with old ones, and the new ones are not learnt. Here the store has former tasks alone; in its
+    place the first new images of each batch count as stored ones, as many as make a new class as frequent among those as
+    a replayed one is. The loss of the whole batch is one mean, that of ``--loss`` on the masked logits; the paper adds
+    two means.
     """
 
     splits = False  # which classes are present depends on the whole batch
     help = "replay with asymmetric cross entropy (Caccia et al., ICLR 2022)"
     parts = LifelongMethod.parts | {"replay": True}
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.share: Tensor | None = None  # float32 [], of a batch's new images: those that count as stored
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        super().begin_task(model, task)
+        stored, new = (images_a_class(task.labels[rows]) for rows in (task.replay, task.new))
+        if self.share is None:
+            self.share = task.counts.new_zeros(())
+        self.share.fill_(min(1.0, stored / new))  # in place, so that a compiled step goes on with it
+
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         classes = torch.arange(logits.shape[1], device=logits.device)
-        present = ((batch.y[:, None] == classes) & ~batch.is_replay[:, None]).any(0)
-        return super().task_loss(only(logits, batch.is_replay[:, None] | present), batch)
+        new = ~batch.is_replay
+        place = new.cumsum(0)  # of a new image among the new ones, from 1
+        stored = batch.is_replay | (place <= self.share * place[-1])
+        present = ((batch.y[:, None] == classes) & new[:, None]).any(0)
+        return super().task_loss(only(logits, stored[:, None] | present), batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"share": self.share}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.share = state["share"]
+
+
+def images_a_class(labels: Tensor) -> float:
+    """Mean over the classes that are there; 0 of none."""
+    return len(labels) / max(1, len(labels.unique()))
