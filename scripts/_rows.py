@@ -197,13 +197,10 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         name = f"{bits}bit" if alone else f"w{bits}a{activations}"
         same = sum(table.name.split("_")[0] == name for table in result)
         members.sort(key=lambda row: (-(row.mean(ACCURACY) or 0.0), row.label))
-        result.append(
-            Table(
-                f"{bits} bits" if alone else f"{bits}-bit weights, {activations}-bit activations",
-                f"{name}_{same + 1}" if same else name,
-                members,
-            )
-        )
+        title = f"{bits} bits" if alone else f"{bits}-bit weights, {activations}-bit activations"
+        if same:  # other data
+            name, title = f"{name}_{same + 1}", f"{title} ({same + 1})"
+        result.append(Table(title, name, members))
     return result
 
 
