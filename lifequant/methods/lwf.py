@@ -35,7 +35,7 @@ class LwF(LifelongMethod):
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--lwf_alpha", type=real(0), metavar="A", default=3.0, help="weight of the distillation")
+        group.add_argument("--lwf_alpha", type=real(0), metavar="A", default=10.0, help="weight of the distillation")
         group.add_argument(
             "--lwf_temperature", type=real(above=0), metavar="T", default=2.0, help="temperature of the distillation"
         )
