@@ -106,6 +106,16 @@ def test_er_ace_with_other_losses(loss):
         assert (slope[stored][:, [0, 1, 2, 4]] != 0).any()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_task_0_is_plain(name):
+    """Nothing of a method enters the task loss of task 0: runs of several methods are forked from one at its end."""
+    method, task = make(name, loss="ce"), make_task(0)
+    method.begin_task(network(), task)
+    phi = torch.randn(SIZE, CLASSES, generator=torch.Generator().manual_seed(0)).double()
+    batch = batch_of(task, 0)._replace(teacher=torch.zeros_like(phi))
+    assert method.task_loss(phi, batch) == F.cross_entropy(phi, batch.y)
+
+
 @pytest.mark.parametrize("name", PENALISED)
 @pytest.mark.parametrize("kind", ["lsq", "float"])
 def test_zero_until_weights_move(name, kind):

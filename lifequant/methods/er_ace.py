@@ -20,8 +20,8 @@ class ERACE(LifelongMethod):
     The paper's memory is filled as images come, so that it has the task's own images, too: without them nothing ever
     compares new classes with old ones, and the new ones are not learnt. Here the store has former tasks alone; in its
     place the first new images of each batch count as stored ones, as many as make a new class as frequent among those as
-    a replayed one is. The loss of the whole batch is one mean, that of ``--loss`` on the masked logits; the paper adds
-    two means.
+    a replayed one is; all of them where no image is stored, so that task 0 is plain. The loss of the whole batch is one
+    mean, that of ``--loss`` on the masked logits; the paper adds two means.
     """
 
     splits = False  # which classes are present depends on the whole batch
@@ -37,7 +37,8 @@ class ERACE(LifelongMethod):
         stored, new = (images_a_class(task.labels[rows]) for rows in (task.replay, task.new))
         if self.share is None:
             self.share = task.counts.new_zeros(())
-        self.share.fill_(min(1.0, stored / new))  # in place, so that a compiled step goes on with it
+        # In place, so that a compiled step goes on with it. Where nothing is stored, nothing is to be kept from being pushed.
+        self.share.fill_(min(1.0, stored / new) if len(task.replay) else 1.0)
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         classes = torch.arange(logits.shape[1], device=logits.device)
