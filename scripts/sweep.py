@@ -6,7 +6,8 @@
 
 What a grid holds is said in _grid.py. A run has a folder OUT/runs/KEY, its key being its settings but for paths, its tasks
 and its source: two grids with the same OUT share the runs that they have in common. Runs whose task 0 is the same train it
-once: the others fork from the first (--start_task 1 --from), to the same numbers as alone (tests/test_sweep.py). Each
+once: the others fork from the first (--start_task 1 --from), to the same numbers as alone (tests/test_sweep.py; with
+--compile to the same but for rounding where a method's loss is another graph, which a quantized net soon magnifies). Each
 run is a process of main.py with --resume True and its share of the cores, so that a sweep that was stopped goes on where its
 runs stood. OUT/GRID/ROW/.../seedN/results.json are copies of the finished runs' results, for report.py. A run that failed
 is moved to OUT/failed/KEY, with its last line in failed.txt, and left out until --retry; the others go on.

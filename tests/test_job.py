@@ -132,7 +132,7 @@ def same_but_for_the_fork(job: Path, straight: Path) -> None:
 
 
 def test_fork(tiny, finished, tmp_path, capsys):
-    """Ends as the straight run does: of the same method, of one without replay, of one without the penalty."""
+    """Ends as the straight run does: of the same method, of one without replay, of one without the penalty, of one with another loss."""
     forked(tiny, tmp_path / "again", finished, method="replay")
     same_but_for_the_fork(tmp_path / "again", finished)
     train(tiny, tmp_path / "original", method="original")
@@ -145,6 +145,9 @@ def test_fork(tiny, finished, tmp_path, capsys):
     forked(tiny, tmp_path / "proxq", tmp_path / "none", method="ours")
     same_but_for_the_fork(tmp_path / "proxq", tmp_path / "ours")
     assert contents(tmp_path / "none") == before
+    train(tiny, tmp_path / "er_ace", method="er_ace")
+    forked(tiny, tmp_path / "masked", tmp_path / "original", method="er_ace")
+    same_but_for_the_fork(tmp_path / "masked", tmp_path / "er_ace")
 
 
 def test_fork_where_replay_csvs_lie(tiny, tmp_path):
