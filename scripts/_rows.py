@@ -270,8 +270,6 @@ def errors_that_fell(rows: Sequence[Row]) -> str:
     """How often the last model's quantization error on a former task is below that of the model of that task's time."""
     found = [ratio for row in rows for run in row.runs for ratio in error_growth(run) or ()]
     if not found:
-        return "no run has a quantization error of a former task"
+        return "no quantization error of a former task"
     fell = sum(ratio < 1 for ratio in found)
-    return (
-        f"below 1 in {fell} of {len(found)} cases (former tasks of all runs), from {min(found):.2f} to {max(found):.2f}"
-    )
+    return f"below 1 in {fell} of {len(found)} cases, from {min(found):.2f} to {max(found):.2f}"

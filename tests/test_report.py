@@ -123,7 +123,8 @@ def test_means_and_bold(report, tmp_path, capsys):
     assert "| `deep/a` | 3 | **61.00 ± 1.00** | 90.00 ± 0.00 | **19.00 ± 1.00** |" in text
     p = stats.ttest_rel(clear["b"], clear["a"]).pvalue
     assert "Differences from `deep/a`, seed by seed" in text and f"| `deep/b` | 3 | -10.00 | {p:.3f} | " in text
-    assert "below 1 in 1 of 12 cases (former tasks of all runs), from 0.25 to 3.00" in text
+    assert "- all rows: below 1 in 1 of 12 cases, from 0.25 to 3.00" in text
+    assert "- `deep/a`: below 1 in 1 of 3 cases, from 0.25 to 3.00" in text
     assert "| `deep/c` | 3 | 50.00 ± 10.00 |" in text and "paired t-test" in text
     assert r"\texttt{deep/a} & 3 & \textbf{61.00 $\pm$ 1.00}" in latex
     assert text.index("## 4 bits") < text.index("`deep/a`") < text.index("`deep/b`") < text.index("## 2 bits")

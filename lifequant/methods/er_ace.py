@@ -34,11 +34,12 @@ class ERACE(LifelongMethod):
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         super().begin_task(model, task)
-        stored, new = (images_a_class(task.labels[rows]) for rows in (task.replay, task.new))
+        share = 1.0  # where nothing is stored, nothing is to be kept from being pushed
+        if len(task.replay):
+            share = min(1.0, images_a_class(task.labels[task.replay]) / images_a_class(task.labels[task.new]))
         if self.share is None:
             self.share = task.counts.new_zeros(())
-        # In place, so that a compiled step goes on with it. Where nothing is stored, nothing is to be kept from being pushed.
-        self.share.fill_(min(1.0, stored / new) if len(task.replay) else 1.0)
+        self.share.fill_(share)  # in place, so that a compiled step goes on with it
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         classes = torch.arange(logits.shape[1], device=logits.device)
@@ -57,5 +58,5 @@ class ERACE(LifelongMethod):
 
 
 def images_a_class(labels: Tensor) -> float:
-    """Mean over the classes that are there; 0 of none."""
-    return len(labels) / max(1, len(labels.unique()))
+    """Mean over the classes that are there."""
+    return len(labels) / len(labels.unique())
