@@ -50,7 +50,7 @@ def diagnose(run: Run, batch: Batch) -> str:
             ("value", *pair) for pair in run.model.named_parameters()
         ]
         kind, name, value = max(values, key=lambda entry: largest(entry[2]))
-        where = f"all values are finite, but too large; the largest {kind} is that of {name} ({largest(value):.3g})"
+        where = f"before the update all is finite; the largest {kind} is that of {name} ({largest(value):.3g})"
     return f"{', '.join(said)}; {where}"
 
 
