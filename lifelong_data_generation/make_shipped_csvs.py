@@ -11,9 +11,9 @@ from pathlib import Path
 if find_spec("lifequant") is None:  # a bare clone that was not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lifequant import dataset_json
-from lifequant.files import write_all
-from lifequant.generate import checked_tasks, csv_files, rows_of_tasks
+from lifequant.common.files import write_all
+from lifequant.data import dataset_json
+from lifequant.data.create.tasks import checked_tasks, csv_files, rows_of_tasks
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # torchvision's
 

@@ -7,8 +7,8 @@ from pathlib import Path
 if find_spec("lifequant") is None:  # a bare clone that was not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lifequant.cli import run_main
-from lifequant.prepare import main_prepare
+from lifequant.common.arguments import run_main
+from lifequant.data.create.images import main_prepare
 
 if __name__ == "__main__":
     sys.exit(run_main(main_prepare))

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lifequant.convert import calibrate, quantize_model
     from lifequant.predict import load
+    from lifequant.qat.convert import calibrate, quantize_model
 
 __all__ = ["calibrate", "load", "quantize_model"]
 _WHERE = {"calibrate": "convert", "load": "predict", "quantize_model": "convert"}

@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from lifequant import signals
-from lifequant.cli import one_line, run_main
+from lifequant.common.arguments import one_line, run_main
+from lifequant.runtime import preemption
 
 
 def train(argv: Sequence[str]) -> int:
@@ -22,16 +22,16 @@ def train(argv: Sequence[str]) -> int:
         return 0
     config, notes = options.parse(argv)
     try:
-        with signals.handled():
+        with preemption.handled():
             if config.test_only:
-                from lifequant.test_only import test as job
+                from lifequant.evaluate_only import test as job
             elif config.bit_schedule:
-                from lifequant.ladder import run as job
+                from lifequant.progressive_bits import run as job
             else:
                 from lifequant.train import run as job
             job(config, notes)
-    except signals.Stopped as stopped:
-        code, text = signals.ending(stopped, bool(config.resume))
+    except preemption.Stopped as stopped:
+        code, text = preemption.ending(stopped, bool(config.resume))
         print(f"lifequant: {text}", file=sys.stderr)
         return code
     return 0
@@ -49,7 +49,8 @@ def main() -> int:
 
 def _what_to_do(argv: Sequence[str]) -> str:
     """To report a fault, and where the run's state lies."""
-    from lifequant import checkpoint, options
+    from lifequant import options
+    from lifequant.checkpointing import checkpoint
 
     report = "this is a fault of LifeQuant's: please report it with the lines above"
     try:

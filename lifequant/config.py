@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lifequant import presets
-from lifequant.cli import boolean, real, share, whole
+from lifequant.common.arguments import boolean, real, share, whole
 from lifequant.losses import LOSSES
-from lifequant.penalties import PENALTIES
+from lifequant.penalties.base import PENALTIES
 from lifequant.quantizers.base import BIT_WIDTHS
 
 REPLAY_RATE = 0.2  # the best of 10, 20 and 35 % in the paper

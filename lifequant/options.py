@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lifequant import presets, registry
-from lifequant.cli import Parser
+from lifequant.common.arguments import Parser
+from lifequant.common.errors import UserError, closest
 from lifequant.config import DATA, METHOD, QUANT, RUN, TRAIN, Config
-from lifequant.errors import UserError, closest
-from lifequant.penalties import PENALTIES
+from lifequant.penalties.base import PENALTIES
 
 LIFEQUANT_NAMES = ("life_q", "lifeq")  # the original's two spellings of its quantizer, after --method
 CHOSEN_FIRST = ("method", "quantizer", "act_quantizer")  # before their own flags are known

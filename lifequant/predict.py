@@ -7,10 +7,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, nn
 
-from lifequant import checked, checkpoint
-from lifequant.augment import normalise
-from lifequant.decode import as_pixels, decode
-from lifequant.errors import UserError
+from lifequant.checkpointing import checked, checkpoint
+from lifequant.common.errors import UserError
+from lifequant.data.augment import normalise
+from lifequant.data.decode import as_pixels, decode
 
 
 def load(job_dir: str | Path) -> nn.Module:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-from lifequant.errors import UserError, closest
+from lifequant.common.errors import UserError, closest
 
 _PACKAGES = {"method": "lifequant.methods", "quantizer": "lifequant.quantizers", "model": "lifequant.models"}
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _PACKAGES}

@@ -17,21 +17,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lifequant import checkpoint, data, distributed, faults, job, registry, results, signals, start
-from lifequant.augment import normalise
-from lifequant.average import WeightAverage
+from lifequant import registry
+from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.common import fault_injection
 from lifequant.config import Config
-from lifequant.device import deterministic, pick_device, wants_compile
-from lifequant.evaluate import validation_top1
-from lifequant.finite import leave_out
-from lifequant.head import train_head
-from lifequant.log import Log, table
-from lifequant.memory import send
+from lifequant.data.augment import normalise
+from lifequant.data.dataset import load_dataset
+from lifequant.data.image_storage import send
+from lifequant.data.replay import epoch_order
+from lifequant.evaluation.evaluate import validation_top1
 from lifequant.methods.base import Batch, Task
-from lifequant.replay import epoch_order
-from lifequant.schedule import lr_factor
-from lifequant.stability import reestimate_bn
-from lifequant.state import Run, generator
+from lifequant.qat.oscillations import reestimate_bn
+from lifequant.results import results
+from lifequant.runtime import distributed, preemption
+from lifequant.runtime.device import deterministic, pick_device, wants_compile
+from lifequant.runtime.log import Log, table
+from lifequant.training import initialize
+from lifequant.training.ema import WeightAverage
+from lifequant.training.head import train_head
+from lifequant.training.nonfinite import leave_out
+from lifequant.training.run import Run, generator
+from lifequant.training.schedule import lr_factor
 
 ALONE = (
     "{}: without replay nothing compares old classes with new ones, so a head that all tasks share forgets nearly "
@@ -132,11 +138,11 @@ def train_task(run: Run, task: Task) -> None:
         if run.step % steps_per_epoch == 0:
             end_epoch(run, task, epoch, curves)
         due = run.clock.since_checkpoint() > config.checkpoint_seconds and run.step < steps
-        if due or signals.requested():
+        if due or preemption.requested():
             save(run)
-        if signals.requested():
+        if preemption.requested():
             run.writer.wait()
-            signals.stop()
+            preemption.stop()
     bar.close()
 
 
@@ -219,20 +225,20 @@ def train_all(run: Run) -> None:
         run.begin_parts(task)
         replay = f" and {len(task.replay)} replay images" if len(task.replay) else ""
         run.log.say(f"task {run.data.ids[task.id]}: {len(task.classes)} classes, {len(task.new)} training{replay}")
-        faults.point("task")
-        with run.clock.part("training"), signals.polled(distributed.world_size() == 1):
+        fault_injection.point("task")
+        with run.clock.part("training"), preemption.polled(distributed.world_size() == 1):
             train_task(run, task)
         finish_training(run, task)
-        faults.point("importance")
+        fault_injection.point("importance")
         with run.clock.part("method", "method"):
             for hook in run.hooks:
                 hook.end_task(run.model, task)
         distributed.check_agreement(run.model)
         with run.clock.within("logging"):
             results.end_task(run, task)
-        faults.point("change")
+        fault_injection.point("change")
         run.place, run.step = run.place + 1, 0
-        save(run, job.task_file(run.config.job_dir, task.id))
+        save(run, run_folder.task_file(run.config.job_dir, task.id))
 
 
 def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -247,9 +253,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         stack.callback(log.close)
         for line in notes:
             log.say(line)
-        dataset = distributed.one_first(lambda: data.load(config, device, log.say))
-        stack.enter_context(job.locked(Path(config.job_dir), log.say))
-        state = job.check(config, log.say)
+        dataset = distributed.one_first(lambda: load_dataset(config, device, log.say))
+        stack.enter_context(run_folder.locked(Path(config.job_dir), log.say))
+        state = run_folder.check(config, log.say)
         num_tasks = 1 if registry.method(config.method).joint else len(dataset.ids)
         if state and state["place"] == num_tasks and (finished := results.read(folder)):
             log.say(f"{folder}: this run is finished\n{table(finished)}")
@@ -259,14 +265,14 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             config, this.method.splits and this.guard.splits, f"{config.method}, penalty {config.penalty}"
         )
         if state:
-            path = job.resumed_from(config)
+            path = run_folder.resumed_from(config)
             this.load(state, path)
-            if job.moves(config):
-                job.begin(config, path.parent, this.place)
+            if run_folder.moves(config):
+                run_folder.begin(config, path.parent, this.place)
             log.say(f"resumed at task {this.place}, step {this.step}")
         else:
-            start.prepare(this)
-            job.begin(config, Path(config.from_run or "") / "checkpoint", config.start_task)
+            initialize.prepare(this)
+            run_folder.begin(config, Path(config.from_run or "") / "checkpoint", config.start_task)
         log.open(Path(config.job_dir))
         if this.method.regulariser and config.replay_rate == 0 and config.buffer_size is None and num_tasks > 1:
             log.say(ALONE.format(config.method))
@@ -274,7 +280,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         if wants_compile(config, device, total, log.say, state and state.get("compiled")):
             compile_step(this)
         distributed.barrier()  # nobody reads any more what the first is about to write
-        with job.told_of_disk(folder), this.writer, deterministic(config.deterministic, device):
+        with run_folder.told_of_disk(folder), this.writer, deterministic(config.deterministic, device):
             train_all(this)
             found = results.finish(this)
         distributed.barrier()  # what a next run begins from is there

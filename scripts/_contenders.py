@@ -22,7 +22,7 @@ if find_spec("lifequant") is None:  # a bare clone that was not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lifequant import registry
-from lifequant.errors import UserError, closest
+from lifequant.common.errors import UserError, closest
 
 WARM_UP_STEPS = 3
 QUICK = ("float_compiled", "ours_compiled", "published_scheme")
@@ -74,7 +74,7 @@ def build(args: dict[str, Any], folder: str) -> Callable[[int], float]:
     import torch
 
     from lifequant import options, train
-    from lifequant.device import pick_device, wants_compile
+    from lifequant.runtime.device import pick_device, wants_compile
 
     row, batch = args["row"], args["batch"]
     device = pick_device(options.make(device=args["device"]))

@@ -34,15 +34,16 @@ from typing import Any
 if find_spec("lifequant") is None:  # a bare clone that was not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lifequant import job, registry
-from lifequant.cli import share
+from lifequant import registry
+from lifequant.checkpointing import run_folder
+from lifequant.common.arguments import share
+from lifequant.common.errors import UserError, closest
+from lifequant.common.files import write_all
 from lifequant.config import Config, free_names
-from lifequant.errors import UserError, closest
-from lifequant.files import write_all
-from lifequant.generate import checked_tasks, class_names, csv_files, folder_images, rows_of_tasks
+from lifequant.data.create.tasks import checked_tasks, class_names, csv_files, folder_images, rows_of_tasks
+from lifequant.data.split import lowest
+from lifequant.data.task_csv import Rows
 from lifequant.options import make
-from lifequant.split import lowest
-from lifequant.task_csv import Rows
 
 PARTS = ("title", "tasks", "source", "flags", "rows", "exclude")
 OF_A_SEARCH = ("title", "tasks", "source", "flags", "strength", "start", "parts")
@@ -224,7 +225,7 @@ def forked(run: Run, config: Config, leaders: list[tuple[Run, Config]]) -> Run:
     at_one = replace(config, start_task=1)
     if run.tasks["num_tasks"] > 1 and not config.bit_schedule:
         for leader, settings in leaders:
-            if leader.after == run.after and job.unlike(at_one, settings.asdict()) is None:
+            if leader.after == run.after and run_folder.unlike(at_one, settings.asdict()) is None:
                 flags = {**run.flags, "start_task": 1, "from_run": leader.folder}
                 return replace(run, flags=flags, after=(*run.after, leader.folder))
         if not registry.method(config.method).joint:

@@ -26,7 +26,7 @@ if find_spec("lifequant") is None:  # a bare clone that was not installed
 
 from tqdm import tqdm
 
-from lifequant.errors import UserError
+from lifequant.common.errors import UserError
 
 BASE = {"batch": 64, "width": 1, "tasks": 2, "classes": 100, "replay": 256}  # classes: two a task at 50 tasks
 SIZES = {
@@ -78,9 +78,9 @@ def point(args: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from lifequant import options, registry
-    from lifequant.device import pick_device
-    from lifequant.evaluate import evaluate
+    from lifequant.evaluation.evaluate import evaluate
     from lifequant.models.resnet import ResNet
+    from lifequant.runtime.device import pick_device
 
     name = args["model"]
     if args["width"] > 1:

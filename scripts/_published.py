@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from lifequant import registry
-from lifequant.augment import MEAN, STD
+from lifequant.data.augment import MEAN, STD
 
 CLASSES = 10
 FILES = 1024

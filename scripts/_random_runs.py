@@ -18,8 +18,11 @@ if find_spec("lifequant") is None:  # a bare clone that was not installed
 
 import torch
 
-from lifequant import checkpoint, data, job, options, start, train
+from lifequant import options, train
+from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.data.dataset import DataSet, Store
 from lifequant.methods.base import Task
+from lifequant.training import initialize
 
 CLASSES = 10
 FIRST_STEPS = 2  # steps of the first task: what gathers its importances step by step has gathered some
@@ -35,7 +38,7 @@ class NoLog:
         return lambda *args, **kwargs: self
 
 
-def random_data(images: Sequence[int], classes: int, tests: int, device: torch.device) -> data.DataSet:
+def random_data(images: Sequence[int], classes: int, tests: int, device: torch.device) -> DataSet:
     """A task for each entry of ``images``, of so many images and of classes of its own; ``tests`` test images each."""
     noise = torch.Generator().manual_seed(0)
 
@@ -43,16 +46,16 @@ def random_data(images: Sequence[int], classes: int, tests: int, device: torch.d
         first, last = (classes * place // len(images) for place in (task, task + 1))
         return first + torch.arange(count) % (last - first)
 
-    def store(counts: Sequence[int]) -> tuple[data.Store, list[list[int]]]:
+    def store(counts: Sequence[int]) -> tuple[Store, list[list[int]]]:
         pixels = torch.randint(0, 256, (sum(counts), 3, 32, 32), dtype=torch.uint8, generator=noise)
         every = torch.cat([labels(task, count) for task, count in enumerate(counts)])
         names = [f"{place:06d}" for place in range(len(every))]
         rows = [list(part) for part in torch.arange(len(every)).split(list(counts))]
-        return data.Store(names, every.to(device), pixels.to(device)), [[int(row) for row in part] for part in rows]
+        return Store(names, every.to(device), pixels.to(device)), [[int(row) for row in part] for part in rows]
 
     training, new = store(images)
     test, test_rows = store([tests] * len(images))
-    return data.DataSet(
+    return DataSet(
         prefix="random",
         class_names=[str(label) for label in range(classes)],
         ids=list(range(len(images))),
@@ -65,7 +68,7 @@ def random_data(images: Sequence[int], classes: int, tests: int, device: torch.d
     )
 
 
-def new_run(settings: dict[str, Any], dataset: data.DataSet, batch: int, stored: int, folder: str) -> train.Run:
+def new_run(settings: dict[str, Any], dataset: DataSet, batch: int, stored: int, folder: str) -> train.Run:
     """A prepared run of one epoch a task that keeps ``stored`` images for replay."""
     config = options.make(
         buffer_size=stored,
@@ -79,7 +82,7 @@ def new_run(settings: dict[str, Any], dataset: data.DataSet, batch: int, stored:
         **settings,
     )
     run = train.Run(config, NoLog(), dataset.train.images.device, dataset)
-    start.prepare(run)
+    initialize.prepare(run)
     return run
 
 
@@ -99,7 +102,7 @@ def end_task(run: train.Run, task: Task) -> None:
     for hook in run.hooks:
         hook.end_task(run.model, task)
     if run.teacher is not None:
-        checkpoint.write(job.task_file(run.config.job_dir, task.id), run.state())
+        checkpoint.write(run_folder.task_file(run.config.job_dir, task.id), run.state())
 
 
 def to_last_task(run: train.Run) -> Task:
@@ -110,7 +113,7 @@ def to_last_task(run: train.Run) -> Task:
     turn(run, task, FIRST_STEPS)
     end_task(run, task)
     if run.teacher is not None:  # the tasks between are not run: this file stands for the last of them
-        checkpoint.write(job.task_file(run.config.job_dir, run.num_tasks - 2), run.state())
+        checkpoint.write(run_folder.task_file(run.config.job_dir, run.num_tasks - 2), run.state())
     return begin_task(run, run.num_tasks - 1)
 
 

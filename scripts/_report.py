@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lifequant import options, results
-from lifequant.device import pick_device
-from lifequant.errors import UserError
+from lifequant import options
+from lifequant.common.errors import UserError
+from lifequant.results import results
+from lifequant.runtime.device import pick_device
 
 BASES = ("float_compiled", "float_eager")  # what the table's last column divides by: the first that is there
 PEERS = ("brevitas", "torch_qat", "published_scheme")

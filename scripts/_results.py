@@ -10,8 +10,8 @@ from typing import Any
 if find_spec("lifequant") is None:  # a bare clone that was not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lifequant import checked_results
-from lifequant.errors import UserError
+from lifequant.common.errors import UserError
+from lifequant.results import schema
 
 NEEDED = (
     "config",
@@ -32,7 +32,7 @@ def read(given: str) -> tuple[str, dict[str, Any]]:
     path = Path(given)
     path = path / "results.json" if path.is_dir() else path
     try:
-        results = checked_results.read(path, NEEDED)
+        results = schema.read(path, NEEDED)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run writes its results.json at its end") from None
     return path.resolve().parent.name, results

@@ -9,9 +9,9 @@ from typing import Any
 
 from _grid import Run
 
-from lifequant import checked_results
-from lifequant.errors import UserError
-from lifequant.job import write_json
+from lifequant.checkpointing.run_folder import write_json
+from lifequant.common.errors import UserError
+from lifequant.results import schema
 
 
 def show(view: Path, run: Run, results: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ def had(folders: Sequence[str]) -> dict[str, Path]:
     """{key: results.json} of the runs that sweeps have shown in the folders."""
     found = {}
     for path in sorted(path for folder in folders for path in Path(folder).rglob("results.json")):
-        key = checked_results.read(path, ("config", "time_share")).get("sweep")
+        key = schema.read(path, ("config", "time_share")).get("sweep")
         if isinstance(key, str):
             found[key] = path
     return found

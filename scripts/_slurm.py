@@ -16,7 +16,7 @@ from typing import Any
 
 from sweep import MAIN
 
-from lifequant.errors import UserError
+from lifequant.common.errors import UserError
 
 try:
     import submitit

@@ -39,9 +39,10 @@ import _contenders
 import _report
 from tqdm import tqdm
 
-from lifequant import checkpoint, job, registry
-from lifequant.cli import Parser, one_line, run_main, whole
-from lifequant.errors import UserError
+from lifequant import registry
+from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.common.arguments import Parser, one_line, run_main, whole
+from lifequant.common.errors import UserError
 
 WORKER = Path(_contenders.__file__)
 QUICK = {"rows": ",".join(_contenders.QUICK), "rounds": 3, "steps": 4}
@@ -140,7 +141,7 @@ def write(found: dict[str, Any], text: str, args: Any) -> None:
         text += ("\n" if found.get("rounds") else _report.heading(found["machine"], {}) + "\n\n") + more
     print(text, flush=True)
     if args.json:
-        job.write_json(Path(args.json), found)
+        run_folder.write_json(Path(args.json), found)
     if args.out:
         checkpoint.write_bytes(Path(args.out), text.encode())
 

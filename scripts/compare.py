@@ -11,8 +11,8 @@ from typing import Any
 
 from _results import read_all
 
-from lifequant.cli import Parser, one_line, run_main
-from lifequant.log import not_b_bit
+from lifequant.common.arguments import Parser, one_line, run_main
+from lifequant.runtime.log import not_b_bit
 
 MEMORY = ("packed_model", "replay", "importance", "reference")  # the rest is "other"
 LEGEND = """\

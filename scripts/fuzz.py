@@ -28,10 +28,11 @@ import torch
 from _mutations import mutated, mutated_csv, mutated_json
 from PIL import Image
 
-from lifequant import data, options
-from lifequant.cli import Parser, one_line, real, run_main, whole
-from lifequant.decode import decode, quiet
-from lifequant.errors import UserError
+from lifequant import options
+from lifequant.common.arguments import Parser, one_line, real, run_main, whole
+from lifequant.common.errors import UserError
+from lifequant.data import dataset
+from lifequant.data.decode import decode, quiet
 
 SIDE = 8
 LONGEST = 1000  # characters of a message
@@ -92,7 +93,7 @@ class CsvTarget:
     def run(self, files: dict[str, bytes]) -> None:
         for name, content in {**self.valid, **files}.items():
             (self.folder / name).write_bytes(content)
-        data.load(self.config, torch.device("cpu"), lambda line: None)
+        dataset.load_dataset(self.config, torch.device("cpu"), lambda line: None)
 
 
 class ImageTarget:
@@ -201,7 +202,12 @@ def guided(targets: list[CsvTarget | ImageTarget], count: int, args) -> None:
         if wrong or held() > args.gigabytes:
             raise AssertionError(wrong or f"{held():.2f} GB were held")
 
-    for module in (data, data.dataset_json, sys.modules["lifequant.task_csv"], sys.modules["lifequant.decode"]):
+    for module in (
+        dataset,
+        dataset.dataset_json,
+        sys.modules["lifequant.data.task_csv"],
+        sys.modules["lifequant.data.decode"],
+    ):
         for value in list(vars(module).values()):
             if callable(value) and getattr(value, "__module__", None) == module.__name__ and hasattr(value, "__code__"):
                 atheris.instrument_func(value)

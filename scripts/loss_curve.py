@@ -21,8 +21,9 @@ from pathlib import Path
 if find_spec("lifequant") is None:  # a bare clone that was not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lifequant import generate, options, prepare, train
-from lifequant.cli import Parser, real, run_main
+from lifequant import options, train
+from lifequant.common.arguments import Parser, real, run_main
+from lifequant.data.create import images, tasks
 
 
 def losses(flags: Sequence[str]) -> list[float]:
@@ -36,10 +37,10 @@ def losses(flags: Sequence[str]) -> list[float]:
         return sums
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        images, csv = f"{folder}/digits", f"{folder}/csv"
-        prepare.main_prepare(["--dataset", "digits", "--out", images])
+        folder_of_images, csv = f"{folder}/digits", f"{folder}/csv"
+        images.main_prepare(["--dataset", "digits", "--out", folder_of_images])
         for source in ("train", "test"):
-            generate.main_tasks(["--data_dir", images, "--output_csv", "digits.csv", "--num_tasks", "2", "--diminish_rate", "100",
+            tasks.main_tasks(["--data_dir", folder_of_images, "--output_csv", "digits.csv", "--num_tasks", "2", "--diminish_rate", "100",
                            "--source", source, "--output_dir", csv])  # fmt: skip
         argv = [
             "--csv_dir",

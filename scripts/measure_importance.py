@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant import checkpoint, importance, options
-from lifequant.quantizers.layers import calibrate
+from lifequant import options
+from lifequant.checkpointing import checkpoint
+from lifequant.methods import importance
+from lifequant.qat.layers import calibrate
 
 TOLERANCE = 1e-9
 

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lifequant import data, options, registry, train
-from lifequant.cli import Parser, run_main, whole
-from lifequant.errors import UserError
-from lifequant.replay import epoch_order
-from lifequant.state import generator
-from lifequant.task_csv import csv_text
+from lifequant import options, registry, train
+from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.errors import UserError
+from lifequant.data import dataset
+from lifequant.data.replay import epoch_order
+from lifequant.data.task_csv import csv_text
+from lifequant.training.run import generator
 
 DISTINCT = 20  # pictures
 FIELDS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
@@ -79,7 +80,7 @@ def one_case(root: Path, case: str, batch: int, side: int) -> None:
 
     line("start", 0)
     begin = time.perf_counter()
-    found = data.load(config, torch.device("cpu"), lambda text: None)
+    found = dataset.load_dataset(config, torch.device("cpu"), lambda text: None)
     line("loaded", time.perf_counter() - begin)
     if case.startswith("build"):
         return

@@ -20,9 +20,11 @@ if find_spec("lifequant") is None:  # a bare clone that was not installed
 
 import torch
 
-from lifequant import generate, options, results, train
-from lifequant.cli import Parser, run_main, whole
-from lifequant.errors import UserError
+from lifequant import options, train
+from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.errors import UserError
+from lifequant.data.create import tasks
+from lifequant.results import results
 
 SIZE = {"train": 500, "test": 100}  # images a class of CIFAR-100
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     images, csv = args.job_dir / "images", args.job_dir / "csv"
     repeated = repeat(args.images, images)
     for source in SIZE:
-        generate.main_tasks(["--data_dir", str(images), "--output_csv", "cifar100.csv", "--num_tasks", "3",
+        tasks.main_tasks(["--data_dir", str(images), "--output_csv", "cifar100.csv", "--num_tasks", "3",
                              "--diminish_rate", "25", "--source", source, "--output_dir", str(csv)])  # fmt: skip
     argv = ["--csv_dir", str(csv), "--job_dir", str(args.job_dir / "run"), "--num_epochs", str(args.num_epochs)]
     config, _ = options.parse([*argv, *args.flags.split()])

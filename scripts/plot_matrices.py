@@ -11,8 +11,8 @@ from pathlib import Path
 
 from _results import read_all
 
-from lifequant.cli import Parser, one_line, run_main
-from lifequant.errors import UserError
+from lifequant.common.arguments import Parser, one_line, run_main
+from lifequant.common.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:

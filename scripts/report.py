@@ -22,9 +22,9 @@ from _results import NEEDED
 from _rows import Run, errors_that_fell, group, shift_and_forgetting, tables
 from _tables import LEGEND, code, csv_text, latex, markdown
 
-from lifequant import checked_results
-from lifequant.cli import Parser, one_line, run_main
-from lifequant.errors import UserError, closest
+from lifequant.common.arguments import Parser, one_line, run_main
+from lifequant.common.errors import UserError, closest
+from lifequant.results import schema
 
 NUMBERS = ("seed", "bitW", "abitW", "num_epochs", "train_batch_size", "image_size")
 MORE = ("bwt", "quantization_error", "code_histograms", "versions")
@@ -95,7 +95,7 @@ def find(folders: Sequence[str], chosen: Sequence[str] | None) -> list[Run]:
     for name, path in sorted(found.values()):
         if chosen and not any(name == one or fnmatchcase(name, one) for one in chosen):
             continue
-        results = checked_results.read(path, (*NEEDED, *MORE))
+        results = schema.read(path, (*NEEDED, *MORE))
         if fault := _fault(results):
             raise UserError(f"{path}: its {fault} is not as a run writes it: remove it, or leave its folder out")
         runs.append(Run(name, one_line(path), results))

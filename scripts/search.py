@@ -35,9 +35,9 @@ import _grid
 import _shown
 from sweep import Local, Sweep, duration
 
-from lifequant.cli import Parser, real, run_main, share, whole
-from lifequant.errors import UserError
-from lifequant.files import write_all
+from lifequant.common.arguments import Parser, real, run_main, share, whole
+from lifequant.common.errors import UserError
+from lifequant.common.files import write_all
 
 
 class Search:

@@ -3,7 +3,7 @@
 python scripts/torture.py --kills 20 --method ours     # 20 whole runs, each killed at least once, on scikit-learn's digits
 python scripts/torture.py --kills 4 --method bit_schedule
 
-A run is killed first at points of lifequant/faults.py (a checkpoint's writing, the importance estimate, a task's change, the
+A run is killed first at points of lifequant/common/fault_injection.py (a checkpoint's writing, the importance estimate, a task's change, the
 cache's building, the last table ...), shared out so that each has its turn, then up to twice at a random moment, by SIGKILL
 or SIGTERM. It is resumed after each, and compared with the uninterrupted run: every tensor, results.json but for times, the curves.
 """
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import _results  # noqa: F401  (finds lifequant in a bare clone)
 
-from lifequant.cli import Parser, run_main, whole
-from lifequant.errors import UserError
-from lifequant.faults import POINTS
+from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.errors import UserError
+from lifequant.common.fault_injection import POINTS
 
 TOP = Path(__file__).resolve().parents[1]
 SETTINGS = {"bitW": 4, "num_epochs": 1, "train_batch_size": 32, "image_size": 16, "print_freq": 3}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lifequant.cli import one_line
-from lifequant.errors import UserError
+from lifequant.common.arguments import one_line
+from lifequant.common.errors import UserError
 
 
 def refused(work, *words: str) -> None:

@@ -20,11 +20,11 @@ from pathlib import Path
 from tiny import Tiny, write_csvs, write_images
 
 from lifequant.__main__ import train
-from lifequant.cli import run_main
-from lifequant.files import TOP
-from lifequant.generate import main_tasks
-from lifequant.prepare import main_prepare
-from lifequant.replay_csv import main_replay
+from lifequant.common.arguments import run_main
+from lifequant.common.files import TOP
+from lifequant.data.create.images import main_prepare
+from lifequant.data.create.replay import main_replay
+from lifequant.data.create.tasks import main_tasks
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "mistakes.md"
 PROGRAMS = {

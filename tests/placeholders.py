@@ -2,8 +2,8 @@
 
 import csv
 
-from lifequant.cli import run_main
-from lifequant.generate import main_tasks
+from lifequant.common.arguments import run_main
+from lifequant.data.create.tasks import main_tasks
 
 
 def fill(root, classes, **sides):

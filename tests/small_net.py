@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.quantizers.layers import Scheme, calibrate
+from lifequant.qat.layers import Scheme, calibrate
 
 
 class SmallNet(nn.Module):

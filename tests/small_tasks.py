@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lifequant import options, registry
 from lifequant.methods.base import Batch, LifelongMethod, Task
-from lifequant.quantizers.layers import Scheme, calibrate
+from lifequant.qat.layers import Scheme, calibrate
 
 CLASSES, SIZE = 5, 8
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from tiny import Tiny, arguments, settings, train, write_csvs
 
-from lifequant import checkpoint, options
+from lifequant import options
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
+from lifequant.checkpointing import checkpoint
+from lifequant.common.arguments import run_main
 
 
 class Place:

@@ -13,9 +13,9 @@ from small_net import small_net
 from torch import Tensor, nn
 
 from lifequant import options
-from lifequant.augment import MEAN, STD
+from lifequant.data.augment import MEAN, STD
 from lifequant.methods.base import Task
-from lifequant.stability import reestimate_bn
+from lifequant.qat.oscillations import reestimate_bn
 from lifequant.train import finish_training
 
 

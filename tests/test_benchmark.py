@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lifequant.cli import run_main
+from lifequant.common.arguments import run_main
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

@@ -15,13 +15,15 @@ from equal import read, same
 from tiny import SIDE, Tiny, arguments, settings, train, write_csvs
 
 import lifequant
-from lifequant import checkpoint, data, options
+from lifequant import options
 from lifequant import train as training
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
-from lifequant.errors import UserError
-from lifequant.replay_csv import main_replay
-from lifequant.task_csv import read_rows
+from lifequant.checkpointing import checkpoint
+from lifequant.common.arguments import run_main
+from lifequant.common.errors import UserError
+from lifequant.data import dataset
+from lifequant.data.create.replay import main_replay
+from lifequant.data.task_csv import read_rows
 
 ORIGINAL = [
     'main.py --csv_dir data/ --job_dir "experiment/ours/resnet/t_4bit_pre32bit" --method "ours" --source_dir "pretrained" '
@@ -78,9 +80,9 @@ def test_original_command_lines(tiny, tmp_path, monkeypatch, capsys):
         assert converted == (bits < 32)
 
 
-def loaded(tiny: Tiny, said: list[str] | None = None, **more: Any) -> data.DataSet:
+def loaded(tiny: Tiny, said: list[str] | None = None, **more: Any) -> dataset.DataSet:
     config = options.make(**settings(tiny, Path("unused"), **more))
-    return data.load(config, torch.device("cpu"), (said if said is not None else []).append)
+    return dataset.load_dataset(config, torch.device("cpu"), (said if said is not None else []).append)
 
 
 def test_prefix(tiny, tmp_path):
@@ -133,7 +135,7 @@ def test_image_root(tiny, tmp_path, monkeypatch):
     assert len(loaded(tiny, data_dir=None).train.paths) == 48
     folder = shutil.copytree(tiny.csvs, tmp_path / "csvs")
     (folder / "dataset.json").unlink()
-    monkeypatch.setattr(data, "TOP", tmp_path)
+    monkeypatch.setattr(dataset, "TOP", tmp_path)
     with pytest.raises(UserError, match=r"72 of 72 images are missing in .*data_dir/tiny.*prepare_images\.py"):
         loaded(tiny, csv_dir=folder, data_dir=None)
     shutil.copytree(tiny.images, tmp_path / "data_dir" / "tiny")

@@ -19,12 +19,14 @@ from equal import Killed, kill_at, read, same
 from tiny import TRAIN, Tiny, arguments, settings, train
 
 import lifequant
-from lifequant import checkpoint, registry, results
+from lifequant import registry
 from lifequant import train as training
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
+from lifequant.checkpointing import checkpoint
+from lifequant.common.arguments import run_main
 from lifequant.models.resnet import ResNet
 from lifequant.registry import quantizer_class
+from lifequant.results import results
 
 METHODS = registry.names("method")
 PAIRS = [(name, registry.method(name).parts["quantizer"]) for name in METHODS]

@@ -18,9 +18,9 @@ from small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import calibrate, quantize_model, registry
-from lifequant.errors import UserError
-from lifequant.quantizers.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, fake_quants, set_layer_bits
-from lifequant.steps import StepSizes, param_groups
+from lifequant.common.errors import UserError
+from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, fake_quants, set_layer_bits
+from lifequant.qat.scales import StepSizes, param_groups
 
 EXAMPLES = Path(__file__).parent / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* input that no quantizer gave")
@@ -370,7 +370,7 @@ def test_steps_against_a_pass_by_hand():
 
 def test_one_batch_as_in_the_training_code():
     """The same steps as calibrate() of the layers gives our own networks."""
-    from lifequant.quantizers.layers import calibrate as of_layers
+    from lifequant.qat.layers import calibrate as of_layers
 
     torch.manual_seed(0)
     family = registry.quantizer("lsq")

@@ -15,12 +15,13 @@ import torch
 from PIL import Image, ImageOps
 from tiny import SIDE, TEST, TRAIN, Tiny, arguments, settings
 
-from lifequant import data, images, options, registry
-from lifequant.augment import MEAN, STD, crop_and_flip, normalise
-from lifequant.generate import main_tasks
+from lifequant import options, registry
+from lifequant.data import dataset, image_cache
+from lifequant.data.augment import MEAN, STD, crop_and_flip, normalise
+from lifequant.data.create.tasks import main_tasks
+from lifequant.data.replay import stored_rows
+from lifequant.data.task_csv import csv_text, read_rows
 from lifequant.methods.base import Task
-from lifequant.replay import stored_rows
-from lifequant.task_csv import csv_text, read_rows
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def pictures(tmp_path) -> tuple[Path, list[str], np.ndarray]:
 def cached(pictures: tuple, cache: Path, said: list[str] | None = None, names: list[str] | None = None) -> np.ndarray:
     root, every, _ = pictures
     say = (said if said is not None else []).append
-    return images.load_images(root, names or every, SIDE, cache, "x-train", say).numpy()
+    return image_cache.load_images(root, names or every, SIDE, cache, "x-train", say).numpy()
 
 
 def test_cache_hit(pictures, tmp_path, monkeypatch):
@@ -44,10 +45,10 @@ def test_cache_hit(pictures, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     assert (cached(pictures, cache) == pictures[2]).all() and len(list(cache.iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(images, "decode", None)
+        patch.setattr(image_cache, "decode", None)
         assert (cached(pictures, cache) == pictures[2]).all()
     assert (cached(pictures, cache, names=["3.png", "1.png"]) == pictures[2][[3, 1]]).all()
-    assert images.load_images(*pictures[:2], 8, cache, "x-train", print).shape == (6, 3, 8, 8)
+    assert image_cache.load_images(*pictures[:2], 8, cache, "x-train", print).shape == (6, 3, 8, 8)
     assert len(list(cache.iterdir())) == 3
 
 
@@ -97,7 +98,7 @@ def test_conversion(tmp_path):
     Image.fromarray(wide).save(tmp_path / "wide.png")
     Image.new("RGBA", (2 * SIDE, 2 * SIDE), (10, 20, 30, 255)).save(tmp_path / "large.png")
     said: list[str] = []
-    found = images.load_images(
+    found = image_cache.load_images(
         tmp_path, ["grey.png", "wide.png", "large.png"], SIDE, tmp_path / "c", "x", said.append
     ).numpy()
     assert (found[0] == grey).all()
@@ -140,16 +141,16 @@ def test_normalise():
     assert found.is_contiguous(memory_format=torch.channels_last) and pixels.dtype == torch.uint8
 
 
-def loaded(tiny: Tiny, **more) -> tuple[options.Config, data.DataSet]:
+def loaded(tiny: Tiny, **more) -> tuple[options.Config, dataset.DataSet]:
     config = options.make(**settings(tiny, Path("unused"), **more))
-    return config, data.load(config, torch.device("cpu"), lambda line: None)
+    return config, dataset.load_dataset(config, torch.device("cpu"), lambda line: None)
 
 
-def task(found: data.DataSet, config: options.Config, place: int) -> Task:
+def task(found: dataset.DataSet, config: options.Config, place: int) -> Task:
     return found.task(place, config, registry.method(config.method))
 
 
-def labels_of(found: data.DataSet, rows: torch.Tensor) -> Counter:
+def labels_of(found: dataset.DataSet, rows: torch.Tensor) -> Counter:
     return Counter(found.train.labels[rows].tolist())
 
 
@@ -237,7 +238,7 @@ def test_replay_csvs(tiny, tmp_path):
     said: list[str] = []
     for flag, value in ((None, None), ("replay_rate", 0.25), ("buffer_size", 5)):
         config = options.make(**settings(tiny, tmp_path / "unused", csv_dir=folder, **({flag: value} if flag else {})))
-        found = data.load(config, torch.device("cpu"), said.append)
+        found = dataset.load_dataset(config, torch.device("cpu"), said.append)
         second = task(found, config, 1)
         names = {found.train.paths[row] for row in second.replay.tolist()}
         if flag is None:

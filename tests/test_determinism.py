@@ -17,7 +17,8 @@ import torch
 from equal import read, same
 from tiny import arguments, settings, train
 
-from lifequant import checkpoint, log
+from lifequant.checkpointing import checkpoint
+from lifequant.runtime import log
 
 MORE = {"method": "ours", "num_epochs": 2, "print_freq": 3}
 
@@ -76,7 +77,7 @@ def test_without_curves(tiny, straight, tmp_path, monkeypatch):
 
 def test_without_evaluation_in_between(tiny, straight, tmp_path, monkeypatch):
     """The model alone: what is not evaluated is not in results.json."""
-    from lifequant import results
+    from lifequant.results import results
 
     monkeypatch.setattr(results, "end_task", lambda run, task: None)
     monkeypatch.setattr(results, "finish", lambda run: {})

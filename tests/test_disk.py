@@ -18,9 +18,9 @@ import pytest
 from equal import read, same
 from tiny import arguments, settings, train
 
-from lifequant import checkpoint
-from lifequant.curves import Curves
-from lifequant.files import write_all
+from lifequant.checkpointing import checkpoint
+from lifequant.common.files import write_all
+from lifequant.runtime.tensorboard import Curves
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 LONG = {"method": "replay", "num_epochs": 12, "checkpoint_seconds": 0, "print_freq": 2}

@@ -13,9 +13,10 @@ import torch
 from equal import read
 from tiny import Tiny, arguments, settings, train
 
-from lifequant import distributed, options
-from lifequant.cli import run_main
-from lifequant.errors import UserError
+from lifequant import options
+from lifequant.common.arguments import run_main
+from lifequant.common.errors import UserError
+from lifequant.runtime import distributed
 
 WORKER = Path(__file__).with_name("worker.py")
 

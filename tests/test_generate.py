@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from placeholders import fill, generate, rows
 
-from lifequant import files
-from lifequant.cli import run_main
-from lifequant.replay_csv import main_replay
-from lifequant.split import lowest
+from lifequant.common import files
+from lifequant.common.arguments import run_main
+from lifequant.data.create.replay import main_replay
+from lifequant.data.split import lowest
 
 
 def labels(path):

@@ -12,7 +12,7 @@ import pytest
 from tiny import arguments, train, write_csvs, write_images
 
 import lifequant
-from lifequant import files
+from lifequant.common import files
 
 TOP = Path(lifequant.__file__).resolve().parents[1]
 GENERATE = "import sys; from lifequant.cli import run_main; from lifequant.generate import main_tasks as m; sys.exit(run_main(m))"

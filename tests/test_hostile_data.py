@@ -22,12 +22,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny import SIDE, arguments, settings, write_csvs, write_images
 
-from lifequant import data, dataset_json, images, options
+from lifequant import options
 from lifequant.__main__ import train as command
-from lifequant.cli import one_line, run_main
-from lifequant.errors import UserError
-from lifequant.task_csv import csv_text, leaves_root, read_rows
-from lifequant.untrusted import MOST_CLASSES, stats_inside
+from lifequant.common.arguments import one_line, run_main
+from lifequant.common.errors import UserError
+from lifequant.common.safe_files import MOST_CLASSES, stats_inside
+from lifequant.data import dataset, dataset_json, image_cache
+from lifequant.data.task_csv import csv_text, leaves_root, read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import fuzz
@@ -119,9 +120,9 @@ def test_a_task_number_without_end(name, tiny, tmp_path):
     (csvs / "tiny_train0.csv").copy(csvs / name) if hasattr(Path, "copy") else (csvs / name).write_text(ROWS)
     config = options.make(**settings(tiny, tmp_path / "job", csv_dir=csvs))
     if len(name) > 22:
-        assert len(data.load(config, torch.device("cpu"), print).ids) == 2
+        assert len(dataset.load_dataset(config, torch.device("cpu"), print).ids) == 2
     else:
-        refused(lambda: data.load(config, torch.device("cpu"), print), "tiny_train2.csv is not in")
+        refused(lambda: dataset.load_dataset(config, torch.device("cpu"), print), "tiny_train2.csv is not in")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,8 @@ def test_names_longer_than_any(place, tiny, tmp_path):
     (csvs / "dataset.json").write_text(json.dumps(record))
     config = options.make(**settings(tiny, tmp_path / "job", csv_dir=csvs, data_dir=None))
     refused(
-        lambda: data.load(config, torch.device("cpu"), print), place if place == "class_names" else "says the images"
+        lambda: dataset.load_dataset(config, torch.device("cpu"), print),
+        place if place == "class_names" else "says the images",
     )
 
 
@@ -231,13 +233,13 @@ def test_a_cache_that_would_run_code(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
     names = ["train/ant/0001.png", "train/bee/0002.png"]
     call = (tiny.images, names, SIDE, tmp_path / "cache", "x", print)
-    whole = images.load_images(*call).numpy()
+    whole = image_cache.load_images(*call).numpy()
     (file,) = (tmp_path / "cache").iterdir()
     objects = io.BytesIO()
     np.save(objects, np.array([Payload()] * 2, dtype=object), allow_pickle=True)
     for content in (objects.getvalue(), pickle.dumps(Payload())):
         file.write_bytes(content)
-        assert (images.load_images(*call).numpy() == whole).all() and not (tmp_path / "ran").exists()
+        assert (image_cache.load_images(*call).numpy() == whole).all() and not (tmp_path / "ran").exists()
     np.load(io.BytesIO(objects.getvalue()), allow_pickle=True)  # the payload is a real one
     assert (tmp_path / "ran").exists()
 

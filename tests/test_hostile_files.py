@@ -19,10 +19,10 @@ import torch
 from tiny import arguments, settings, train
 
 import lifequant
-from lifequant import checkpoint
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
-from lifequant.errors import UserError
+from lifequant.checkpointing import checkpoint
+from lifequant.common.arguments import run_main
+from lifequant.common.errors import UserError
 
 PACKAGE = Path(lifequant.__file__).parent
 HUGE = 10**9

@@ -18,7 +18,7 @@ from hostile import refused
 from PIL import Image, ImageOps
 from tiny import SIDE
 
-from lifequant.decode import MOST_PIXELS, decode, quiet
+from lifequant.data.decode import MOST_PIXELS, decode, quiet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import fuzz

@@ -12,10 +12,12 @@ import pytest
 from equal import Killed, kill_at, read, same
 from tiny import Tiny, arguments, settings, train
 
-from lifequant import checkpoint, registry, results
+from lifequant import registry
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
-from lifequant.task_csv import csv_text, read_rows
+from lifequant.checkpointing import checkpoint
+from lifequant.common.arguments import run_main
+from lifequant.data.task_csv import csv_text, read_rows
+from lifequant.results import results
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

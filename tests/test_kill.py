@@ -17,10 +17,12 @@ import torch
 from equal import read, same
 from tiny import arguments, settings, train
 
-from lifequant import checkpoint, faults, job, signals
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
-from lifequant.errors import UserError
+from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.common import fault_injection
+from lifequant.common.arguments import run_main
+from lifequant.common.errors import UserError
+from lifequant.runtime import preemption
 
 FREE = {"checkpoint_seconds": 0}
 
@@ -64,9 +66,9 @@ def test_killed_at_a_point(tiny, straight, tmp_path, point):
 def test_points_are_all_passed(tiny, tmp_path, monkeypatch):
     """A point that no run passes would test nothing."""
     passed = set()
-    monkeypatch.setattr(faults, "point", passed.add)
+    monkeypatch.setattr(fault_injection, "point", passed.add)
     train(tiny, tmp_path / "run", method="original", num_tasks=1, cache_dir=tmp_path / "cache")
-    assert passed == set(faults.POINTS)
+    assert passed == set(fault_injection.POINTS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -84,7 +86,7 @@ def test_a_signal_ends_with_a_checkpoint(tiny, straight, tmp_path, capsys, monke
 
 def stopped_at_step(argv, call, number, monkeypatch, capsys) -> tuple[int, str]:
     """(exit code, stderr) where the signal comes in the ``call``-th training step."""
-    from lifequant import results
+    from lifequant.results import results
 
     original, calls = results.step_sums, []
 
@@ -140,7 +142,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def test_a_signal_outside_the_loop_stops_at_once(monkeypatch):
-    with pytest.raises(signals.Stopped) as caught, signals.handled():
+    with pytest.raises(preemption.Stopped) as caught, preemption.handled():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert not caught.value.saved and caught.value.number == signal.SIGTERM
@@ -148,11 +150,11 @@ def test_a_signal_outside_the_loop_stops_at_once(monkeypatch):
 
 def test_a_step_that_takes_too_long_is_left(monkeypatch):
     """Such as one in which the step is compiled."""
-    monkeypatch.setattr(signals, "PATIENCE", 0.2)
+    monkeypatch.setattr(preemption, "PATIENCE", 0.2)
     began = time.monotonic()
-    with pytest.raises(signals.Stopped) as caught, signals.handled(), signals.polled(True):
+    with pytest.raises(preemption.Stopped) as caught, preemption.handled(), preemption.polled(True):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.requested()
+        assert preemption.requested()
         time.sleep(5)
     assert not caught.value.saved and time.monotonic() - began < 2
 
@@ -170,16 +172,16 @@ def test_two_runs_in_one_folder(tiny, tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
-    assert (tmp_path / "run" / job.LOCK).exists()
+    assert (tmp_path / "run" / run_folder.LOCK).exists()
     argv = arguments(settings(tiny, tmp_path / "run", method="original", reset=True, num_tasks=1))
     assert command(argv) == 0
     assert f"process {process.pid} on " in (out := capsys.readouterr().out) and "has died; taken over" in out
-    assert not (tmp_path / "run" / job.LOCK).exists()
+    assert not (tmp_path / "run" / run_folder.LOCK).exists()
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):
-    with pytest.raises(UserError), job.locked(tmp_path / "a" / "b", print):
-        assert (tmp_path / "a" / "b" / job.LOCK).exists()
+    with pytest.raises(UserError), run_folder.locked(tmp_path / "a" / "b", print):
+        assert (tmp_path / "a" / "b" / run_folder.LOCK).exists()
         raise UserError("refused")
     assert not list(tmp_path.iterdir())
 

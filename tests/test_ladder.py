@@ -7,10 +7,12 @@ import torch
 from equal import Killed, kill_at, read, same
 from tiny import arguments, settings
 
-from lifequant import checkpoint, options, results
+from lifequant import options
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
-from lifequant.ladder import rungs
+from lifequant.checkpointing import checkpoint
+from lifequant.common.arguments import run_main
+from lifequant.progressive_bits import rungs
+from lifequant.results import results
 
 SCHEDULE = {"bit_schedule": "32,4,2", "method": "ours"}
 

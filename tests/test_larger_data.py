@@ -18,13 +18,14 @@ from PIL import Image
 from tiny import SIDE, Tiny, arguments, settings, train
 from torchvision.transforms import functional as reference
 
-from lifequant import data, images, memory, options, registry
+from lifequant import options, registry
 from lifequant import train as training
-from lifequant.augment import augmentation, crop_and_flip, random_boxes, resized_crop_and_flip
-from lifequant.errors import UserError
-from lifequant.generate import main_tasks
-from lifequant.replay import epoch_order
-from lifequant.untrusted import stats_inside
+from lifequant.common.errors import UserError
+from lifequant.common.safe_files import stats_inside
+from lifequant.data import dataset, image_cache, image_storage
+from lifequant.data.augment import augmentation, crop_and_flip, random_boxes, resized_crop_and_flip
+from lifequant.data.create.tasks import main_tasks
+from lifequant.data.replay import epoch_order
 
 CPU = torch.device("cpu")
 
@@ -33,9 +34,9 @@ def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def loaded(tiny: Tiny, **more) -> tuple[options.Config, data.DataSet]:
+def loaded(tiny: Tiny, **more) -> tuple[options.Config, dataset.DataSet]:
     config = options.make(**settings(tiny, Path("unused"), **more))
-    return config, data.load(config, CPU, lambda line: None)
+    return config, dataset.load_dataset(config, CPU, lambda line: None)
 
 
 @pytest.mark.parametrize("augment", ["crop", "resized_crop"])
@@ -72,25 +73,25 @@ def test_runs_of_a_mapped_cache(tiny, tmp_path):
 def test_auto(monkeypatch):
     """mmap where the images take more than half of the available memory, which is said."""
     said: list[str] = []
-    assert 0 < memory.available_bytes() < 1 << 50
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    assert not memory.choose_place("auto", 500, CPU, said.append).mapped and not said
-    assert memory.choose_place("auto", 501, CPU, said.append).mapped and "--cache auto: mmap" in said[0]
-    assert not memory.choose_place("memory", 501, CPU, said.append).mapped
-    assert memory.choose_place("mmap", 1, CPU, said.append).mapped
-    monkeypatch.setattr(memory, "available_bytes", lambda: None)
-    assert not memory.choose_place("auto", 1 << 60, CPU, said.append).mapped and len(said) == 1
+    assert 0 < image_storage.available_bytes() < 1 << 50
+    monkeypatch.setattr(image_storage, "available_bytes", lambda: 1000)
+    assert not image_storage.choose_place("auto", 500, CPU, said.append).mapped and not said
+    assert image_storage.choose_place("auto", 501, CPU, said.append).mapped and "--cache auto: mmap" in said[0]
+    assert not image_storage.choose_place("memory", 501, CPU, said.append).mapped
+    assert image_storage.choose_place("mmap", 1, CPU, said.append).mapped
+    monkeypatch.setattr(image_storage, "available_bytes", lambda: None)
+    assert not image_storage.choose_place("auto", 1 << 60, CPU, said.append).mapped and len(said) == 1
 
 
 def test_container_limit(tmp_path, monkeypatch):
     """A container's limit counts, less what is used and can't be given back; "max" is none."""
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(image_storage, "_CGROUP", tmp_path)
     (tmp_path / "memory.current").write_text("900000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_bytes() > 1_000_000
+    assert image_storage.available_bytes() > 1_000_000
     (tmp_path / "memory.max").write_text("1000000\n")
-    assert memory.available_bytes() == 400_000
+    assert image_storage.available_bytes() == 400_000
 
 
 def test_mapped_cache_that_cannot_be_written(tiny, tmp_path):
@@ -106,15 +107,15 @@ def test_mapped_cache_that_cannot_be_written(tiny, tmp_path):
 def test_full_disk(mapped, tiny, tmp_path, monkeypatch):
     """Known before anything is decoded; no file is left."""
     names = [path.relative_to(tiny.images).as_posix() for path in sorted(tiny.images.glob("train/ant/*"))]
-    usage = images.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(images.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    usage = image_cache.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     said: list[str] = []
     call = (tiny.images, names, SIDE, tmp_path / "cache", "x", said.append, mapped)
     if mapped:
         with pytest.raises(UserError, match="No space left"):
-            images.load_images(*call)
+            image_cache.load_images(*call)
     else:
-        assert len(images.load_images(*call)) == len(names) and "No space left" in said[0]
+        assert len(image_cache.load_images(*call)) == len(names) and "No space left" in said[0]
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -134,7 +135,7 @@ images.load_images(Path(sys.argv[1]), sys.argv[3:], 16, Path(sys.argv[2]), "x", 
 """
 
 
-@pytest.mark.skipif(images.fcntl is None, reason="no file locks here, by which a killed build is known")
+@pytest.mark.skipif(image_cache.fcntl is None, reason="no file locks here, by which a killed build is known")
 def test_killed_build(tiny, tmp_path):
     """Two want the same cache: one builds, the other says whom it waits for. The one is killed: the other builds.
 
@@ -142,7 +143,7 @@ def test_killed_build(tiny, tmp_path):
     """
     names = [path.relative_to(tiny.images).as_posix() for path in sorted(tiny.images.glob("train/ant/*"))]
     cache = tmp_path / "cache"
-    top = str(Path(images.__file__).parents[1])
+    top = str(Path(image_cache.__file__).parents[2])
     command = [sys.executable, "-c", BUILD, str(tiny.images), str(cache), *names]
     builds = []
     try:
@@ -160,7 +161,7 @@ def test_killed_build(tiny, tmp_path):
         assert now != left and f".{builds[1].pid}-" in now.name
         builds[1].send_signal(signal.SIGKILL)
         builds[1].wait()
-        found = images.load_images(tiny.images, names, SIDE, cache, "x", print, True)
+        found = image_cache.load_images(tiny.images, names, SIDE, cache, "x", print, True)
         (file,) = cache.iterdir()
     finally:
         for build in builds:
@@ -229,7 +230,7 @@ def test_missing_and_changed_files(tiny, tmp_path):
     assert [status is not None for status in stats_inside(tmp_path, names)] == [True, False, False, False]
 
     def key(name: str = "a.png", size: int = 8) -> str:
-        return images._key(tmp_path, [name], size, stats_inside(tmp_path, [name]))
+        return image_cache._key(tmp_path, [name], size, stats_inside(tmp_path, [name]))
 
     first = key()
     os.utime(tmp_path / "a.png", ns=(1, 2))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from lifequant.data.replay import epoch_order
 from lifequant.losses import LOSSES, rebalancing_weights
-from lifequant.replay import epoch_order
 
 COUNTS = np.array([50.0, 10, 0, 1, 39])  # class 2 is absent
 PRESENT = COUNTS > 0

@@ -26,10 +26,10 @@ from small_tasks import (
 )
 
 from lifequant import registry
-from lifequant.importance import protected
 from lifequant.losses import LOSSES, distillation
 from lifequant.methods.base import Batch, user_task
-from lifequant.quantizers.layers import fake_quants
+from lifequant.methods.importance import protected
+from lifequant.qat.layers import fake_quants
 
 METHODS = registry.names("method")
 PENALISED = [name for name in METHODS if registry.method(name).holds_down]

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lifequant import metrics, registry
-from lifequant.data import DataSet, Store
-from lifequant.evaluate import evaluate
-from lifequant.quantizers.layers import QuantConv2d, QuantLinear, calibrate
+from lifequant import registry
+from lifequant.data.dataset import DataSet, Store
+from lifequant.evaluation import metrics
+from lifequant.evaluation.evaluate import evaluate
+from lifequant.qat.layers import QuantConv2d, QuantLinear, calibrate
 
 # Task 1 is best one task after it was learnt; task 2 was never learnt.
 R = [[80.0, 10, 5], [60, 70, 5], [50, 75, 0]]

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant import checkpoint, options, registry
-from lifequant.codes import code_counts, packed_model_bytes
-from lifequant.quantizers.layers import calibrate, fake_quants
+from lifequant import options, registry
+from lifequant.checkpointing import checkpoint
+from lifequant.qat.code_usage import code_counts, packed_model_bytes
+from lifequant.qat.layers import calibrate, fake_quants
 
 
 def network(classes: int = 10, **settings) -> nn.Module:

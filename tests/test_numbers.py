@@ -14,10 +14,12 @@ import torch
 from equal import Killed, read, same
 from tiny import arguments, settings, train
 
-from lifequant import checkpoint, checks, finite
 from lifequant import train as training
 from lifequant.__main__ import train as command
-from lifequant.cli import run_main
+from lifequant.checkpointing import checkpoint
+from lifequant.common.arguments import run_main
+from lifequant.results import run_warnings
+from lifequant.training import nonfinite
 
 STEP = training.training_step
 MORE = {"num_epochs": 2, "print_freq": 3, "track_oscillations": True, "ema": 0.9}  # 8 steps in task 0, 10 in task 1
@@ -46,13 +48,13 @@ def spoil(run: Any, batch: Any) -> Any:
 
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are looked at as on a GPU, at readings alone."""
-    make = finite.Watch.__init__
+    make = nonfinite.Watch.__init__
 
     def init(self: Any, config: Any, *rest: Any) -> None:
         make(self, config, *rest)
         self.late = config.on_nan == "stop"
 
-    monkeypatch.setattr(finite.Watch, "__init__", init)
+    monkeypatch.setattr(nonfinite.Watch, "__init__", init)
 
 
 def fails(tiny: Any, job: Path, capsys: Any, **more: Any) -> str:
@@ -121,7 +123,7 @@ def _skipping(tiny: Any, tmp_path: Path) -> dict[str, Any]:
 
 def test_too_many_in_a_row(tiny, tmp_path, monkeypatch, capsys):
     """Three may be left out; the fourth ends the run, and its resumption, at once."""
-    monkeypatch.setattr(finite, "MOST_IN_A_ROW", 3)
+    monkeypatch.setattr(nonfinite, "MOST_IN_A_ROW", 3)
     at(monkeypatch, 0, {1, 2, 4, 5, 6, 7}, spoil)
     for more in ({}, {"resume": True}):
         error = fails(tiny, tmp_path / "run", capsys, method="ours", on_nan="skip", **more, **MORE)
@@ -198,18 +200,18 @@ def test_a_learning_rate_that_is_too_high(lr, tiny, tmp_path, capsys):
 def test_largest(value):
     """Of all layouts, against a plain loop; NaN and infinity are never lost."""
     tensors = [torch.rand(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.tensor(-2.5), torch.rand(3)]
-    assert finite.largest(tensors) == 2.5
+    assert nonfinite.largest(tensors) == 2.5
     tensors[0][2, 1, 4, 3] = value
-    assert torch.equal(finite.largest(tensors).isnan(), torch.tensor(math.isnan(value)))
+    assert torch.equal(nonfinite.largest(tensors).isnan(), torch.tensor(math.isnan(value)))
     if not math.isnan(value):
-        assert finite.largest(tensors) == abs(value)
+        assert nonfinite.largest(tensors) == abs(value)
 
 
 def test_chance_of():
     """Against the sum in fractions."""
     for images, rate, hits in ((16, Fraction(1, 4), 9), (100, Fraction(1, 10), 0), (100, Fraction(1, 10), 100), (37, Fraction(2, 5), 15)):  # fmt: skip
         exact = sum(math.comb(images, k) * rate**k * (1 - rate) ** (images - k) for k in range(hits, images + 1))
-        assert checks.chance_of(hits, images, float(rate)) == pytest.approx(float(exact), rel=1e-9)
+        assert run_warnings.chance_of(hits, images, float(rate)) == pytest.approx(float(exact), rel=1e-9)
 
 
 def warned(labels: list[int], accuracy: float) -> list[str]:
@@ -221,8 +223,8 @@ def warned(labels: list[int], accuracy: float) -> list[str]:
         history={"top1_masked": [[accuracy]]},
         log=SimpleNamespace(warnings=said, warn=said.append),
     )
-    checks._warn_of_chance(run, 0)
-    checks._warn_of_chance(run, 0)
+    run_warnings._warn_of_chance(run, 0)
+    run_warnings._warn_of_chance(run, 0)
     return said
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lifequant import options, presets
-from lifequant.errors import UserError
+from lifequant.common.errors import UserError
 
 # (typed, lifelong method, quantizer, loss, sampler)
 SPELLINGS = [

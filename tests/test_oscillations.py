@@ -12,8 +12,8 @@ from small_net import small_net
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.quantizers.layers import weight_layers
-from lifequant.stability import Oscillations
+from lifequant.qat.layers import weight_layers
+from lifequant.qat.oscillations import Oscillations
 
 
 class Loop:

@@ -11,13 +11,13 @@ from small_net import SmallNet, small_net
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.average import WeightAverage
-from lifequant.data import DataSet, Store
-from lifequant.exemplars import class_means, features, nme_accuracy, nme_hits, nme_predict
-from lifequant.head import balanced_order, train_head
+from lifequant.data.dataset import DataSet, Store
+from lifequant.evaluation.nearest_mean import class_means, features, nme_accuracy, nme_hits, nme_predict
 from lifequant.methods.base import Task
-from lifequant.quantizers.layers import QuantLinear, weight_layers
-from lifequant.stability import reestimate_bn
+from lifequant.qat.layers import QuantLinear, weight_layers
+from lifequant.qat.oscillations import reestimate_bn
+from lifequant.training.ema import WeightAverage
+from lifequant.training.head import balanced_order, train_head
 
 # Averaged weights
 

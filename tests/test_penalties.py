@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from small_net import SmallNet
 from torch import Tensor, nn
 
-from lifequant import penalties, registry
-from lifequant.importance import at_quantized_weights, conv_weights, per_batch, per_sample
+from lifequant import registry
 from lifequant.methods.base import LifelongMethod, Task
-from lifequant.penalties import PENALTIES
-from lifequant.quantizers.layers import Scheme, calibrate, quantized_weights
+from lifequant.methods.importance import at_quantized_weights, conv_weights, per_batch, per_sample
+from lifequant.penalties.base import PENALTIES
+from lifequant.qat.layers import Scheme, calibrate, quantized_weights
 
 CONVS = ("conv1", "conv2")
 ANCHORED = [name for name in PENALTIES if name != "proxq_function"]  # those that hold weights
@@ -254,7 +254,7 @@ def test_proxq_step_importance(monkeypatch):
         "conv2": torch.randn(6, 4, 3, 3, generator=generator),
     }
     heavy = {name: (3 * value).exp() for name, value in heavy.items()}
-    monkeypatch.setattr(penalties, "per_sample", lambda *args: heavy)
+    monkeypatch.setattr("lifequant.penalties.base.per_sample", lambda *args: heavy)
     guard = penalty_of("proxq_step", network())
     for name, value in heavy.items():
         assert (value / value.mean()).max() > 10

@@ -12,8 +12,8 @@ from tiny import Tiny, train
 
 from lifequant import registry
 from lifequant import train as training
-from lifequant.penalties import packed
-from lifequant.quantizers.layers import QuantConv2d, QuantReLU, Scheme, calibrate
+from lifequant.penalties.base import packed
+from lifequant.qat.layers import QuantConv2d, QuantReLU, Scheme, calibrate
 
 LINEAR = {"lsq", "lsqplus", "llsq", "proxq"}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

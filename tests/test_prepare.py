@@ -12,9 +12,9 @@ import pytest
 import torchvision.datasets.utils
 from PIL import Image
 
-from lifequant import cifar, prepare
-from lifequant.cli import run_main
-from lifequant.prepare import main_prepare
+from lifequant.common.arguments import run_main
+from lifequant.data.create import cifar, images
+from lifequant.data.create.images import main_prepare
 
 CLASSES = ["cat", "apple"]  # not sorted: a label is a place in the archive's list, a folder has the name
 
@@ -110,7 +110,7 @@ def test_any_form_of_the_source(tmp_path, ten, capsys):
 def test_goes_on_where_it_was(tmp_path, ten, capsys, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert run(whole, ten) == 0
-    write, left = prepare.write_all, iter(range(6))
+    write, left = images.write_all, iter(range(6))
 
     def interrupt(files):
         if next(left, None) is None:
@@ -118,7 +118,7 @@ def test_goes_on_where_it_was(tmp_path, ten, capsys, monkeypatch):
         write(files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_all", interrupt)
+        patch.setattr(images, "write_all", interrupt)
         assert run(out, ten) == 130
     begun = tree(out)
     assert len(begun) == 6  # the note and five images
@@ -262,7 +262,7 @@ def test_digits(tmp_path, capsys, monkeypatch):
     before = tree(out)
     assert run(out, dataset="digits") == 0
     assert "complete already" in capsys.readouterr().out and tree(out) == before
-    a, b = prepare.digits(0), prepare.digits(1)
+    a, b = images.digits(0), images.digits(1)
     assert a.counts() == b.counts() and not np.array_equal(a.images["test"], b.images["test"])
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert run(tmp_path / "other", dataset="digits") == 2

@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, vmap
 
 from lifequant import registry
 from lifequant.losses import LOSSES
-from lifequant.penalties import PENALTIES
-from lifequant.quantizers.layers import Scheme, calibrate, quantized_weights
+from lifequant.penalties.base import PENALTIES
+from lifequant.qat.layers import Scheme, calibrate, quantized_weights
 
 NAMES = registry.names("quantizer")
 

@@ -13,10 +13,10 @@ from small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.codes import code_counts
-from lifequant.errors import UserError
+from lifequant.common.errors import UserError
+from lifequant.qat.code_usage import code_counts
+from lifequant.qat.layers import Scheme, calibrate
 from lifequant.quantizers.apot import powers_of_two
-from lifequant.quantizers.layers import Scheme, calibrate
 from lifequant.quantizers.proxq import BEST_C
 
 NAMES = registry.names("quantizer")

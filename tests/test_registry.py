@@ -11,7 +11,7 @@ import pytest
 
 from lifequant import presets, registry
 from lifequant.__main__ import train as command
-from lifequant.errors import UserError
+from lifequant.common.errors import UserError
 
 TOP = Path(__file__).resolve().parents[1]
 OTHER = """

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from placeholders import rows
 
-from lifequant import dataset_json
-from lifequant.cli import run_main
-from lifequant.count_classes import main_counts
-from lifequant.replay_csv import main_replay
-from lifequant.split import lowest
+from lifequant.common.arguments import run_main
+from lifequant.data import dataset_json
+from lifequant.data.create.class_counts import main_counts
+from lifequant.data.create.replay import main_replay
+from lifequant.data.split import lowest
 
 
 @pytest.fixture

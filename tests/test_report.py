@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from lifequant.cli import run_main
+from lifequant.common.arguments import run_main
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from equal import read
 from tiny import train
 
-from lifequant import checkpoint
 from lifequant import train as training
-from lifequant.average import WeightAverage
+from lifequant.checkpointing import checkpoint
+from lifequant.training.ema import WeightAverage
 
 
 def test_distillation_is_from_the_former_model(tiny, tmp_path, monkeypatch):

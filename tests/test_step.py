@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny import train
 
-from lifequant import checkpoint, options
+from lifequant import options
 from lifequant import train as training
+from lifequant.checkpointing import checkpoint
+from lifequant.qat.layers import fake_quants
 from lifequant.quantizers.base import STEP_FLOOR
-from lifequant.quantizers.layers import fake_quants
-from lifequant.schedule import lr_factor
+from lifequant.training.schedule import lr_factor
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small_tasks import CLASSES, SIZE, batch_of, make, make_task, move, network
 
 from lifequant.methods.base import Batch, Task, user_task
-from lifequant.penalties import PENALTIES
+from lifequant.penalties.base import PENALTIES
 
 
 def test_derpp():

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from tiny import arguments, settings, train
 
-from lifequant import results
 from lifequant.__main__ import train as command
-from lifequant.log import matrix_picture, table
+from lifequant.results import results
+from lifequant.runtime.log import matrix_picture, table
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

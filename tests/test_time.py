@@ -13,13 +13,16 @@ import torch
 from equal import Killed, kill_at, read, same
 from tiny import arguments, settings, train
 
-from lifequant import background, checkpoint, clock, data, options, results
+from lifequant import options
 from lifequant import train as loop
 from lifequant.__main__ import train as command
-from lifequant.background import Writer
-from lifequant.cli import run_main
-from lifequant.device import COMPILE_FROM_STEPS, wants_compile
-from lifequant.errors import UserError
+from lifequant.checkpointing import async_writer, checkpoint
+from lifequant.checkpointing.async_writer import Writer
+from lifequant.common.arguments import run_main
+from lifequant.common.errors import UserError
+from lifequant.results import results
+from lifequant.runtime.device import COMPILE_FROM_STEPS, wants_compile
+from lifequant.training import timer
 
 CPU = torch.device("cpu")
 
@@ -47,9 +50,9 @@ class Hours:
 def test_each_second_has_one_kind(monkeypatch):
     hours = Hours(monkeypatch)
     graphs = [0]
-    monkeypatch.setattr(clock, "_graphs", lambda: graphs[0])
+    monkeypatch.setattr(timer, "_graphs", lambda: graphs[0])
     history = results.new_history()
-    times = clock.Clock(history, begin=990.0)
+    times = timer.Clock(history, begin=990.0)
     assert times.time_share() is None  # nothing but start-up yet
     hours.now += 5  # 15 s in all
     times.switch("other")
@@ -71,7 +74,7 @@ def test_each_second_has_one_kind(monkeypatch):
         hours.now += 2
     assert history["seconds_by_part"] == {"method": 12, "evaluation": 7}
     times.stop()
-    times = clock.Clock(dict(history))  # as after a resumption
+    times = timer.Clock(dict(history))  # as after a resumption
     hours.now += 1
     times.switch("checkpoint")
     hours.now += 6
@@ -86,13 +89,13 @@ def test_each_second_has_one_kind(monkeypatch):
 def test_time_share_of_a_run(tiny, tmp_path, monkeypatch):
     """Where the clock goes on in certain calls alone, every share is known."""
     hours = Hours(monkeypatch)
-    load = hours.slow(monkeypatch, data, "load", 100)
+    load = hours.slow(monkeypatch, loop, "load_dataset", 100)
     batches = hours.slow(monkeypatch, loop, "make_batch", 1)
     steps = hours.slow(monkeypatch, results, "step_sums", 10)
     tests = hours.slow(monkeypatch, results, "evaluate", 4)
     windows = hours.slow(monkeypatch, results, "refuse_divergence", 2)
     saved = hours.slow(monkeypatch, checkpoint, "model_state", 3)  # at the end, when results are written
-    copies = hours.slow(monkeypatch, background, "snapshot", 5)
+    copies = hours.slow(monkeypatch, async_writer, "snapshot", 5)
     found = train(tiny, tmp_path / "run", method="replay", checkpoint_seconds=0)
     seconds = {
         "step": 10 * len(steps), "evaluation": 4 * len(tests), "method": 0, "data": len(batches),
@@ -109,7 +112,7 @@ def test_time_goes_on_after_a_resumption(tiny, tmp_path, monkeypatch):
     """Both processes count, each with its start-up; what a checkpoint had not seen is lost, as the steps are."""
     argv = arguments(settings(tiny, tmp_path / "run", method="replay", checkpoint_seconds=0))
     hours = Hours(monkeypatch)
-    hours.slow(monkeypatch, data, "load", 100)
+    hours.slow(monkeypatch, loop, "load_dataset", 100)
     steps = hours.slow(monkeypatch, results, "step_sums", 10)
     with monkeypatch.context() as patch:
         kill_at(patch, results, "step_sums", 4)
@@ -125,7 +128,7 @@ def test_time_goes_on_after_a_resumption(tiny, tmp_path, monkeypatch):
 
 def test_the_clock_is_cheap():
     """Two switches, a step and a window a step: far below 0.5 % of the shortest step, some 10 ms."""
-    times = clock.Clock(results.new_history())
+    times = timer.Clock(results.new_history())
     fastest = 1.0
     for _ in range(5):
         begin = time.perf_counter()

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lifequant.cli import run_main
-from lifequant.generate import main_tasks
+from lifequant.common.arguments import run_main
+from lifequant.data.create.tasks import main_tasks
 
 CLASSES = ["ant", "bee", "cow", "dog", "eel", "fox"]
 SIDE = 16

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lifequant.augment import crop_and_flip, normalise
+from lifequant.data.augment import crop_and_flip, normalise
+from lifequant.data.image_storage import take
 from lifequant.losses import LOSSES
-from lifequant.memory import take
 
 
 class Batch(NamedTuple):

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lifequant.cli import real
+from lifequant.common.arguments import real
 from lifequant.methods.base import Batch, LifelongMethod, Task
+from lifequant.methods.stored_logits import StoredLogits
 from lifequant.registry import register
-from lifequant.stored_logits import StoredLogits
 
 
 @register("method", "derpp")

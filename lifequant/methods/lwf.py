@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.cli import real
+from lifequant.common.arguments import real
 from lifequant.losses import distillation
 from lifequant.methods.base import Batch, LifelongMethod, Task
 from lifequant.registry import register

@@ -7,9 +7,9 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from lifequant.importance import flat, image_means, protected
 from lifequant.methods.base import Task
-from lifequant.methods.regulariser import Regulariser
+from lifequant.methods.importance import flat, image_means, protected
+from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register
 
 

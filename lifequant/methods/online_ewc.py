@@ -6,10 +6,10 @@ import argparse
 
 from torch import Tensor, nn
 
-from lifequant.cli import real
+from lifequant.common.arguments import real
 from lifequant.methods.base import Task
 from lifequant.methods.ewc import fisher
-from lifequant.methods.regulariser import Regulariser
+from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register
 
 

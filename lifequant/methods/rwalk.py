@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.cli import real, whole
-from lifequant.importance import flat, protected
+from lifequant.common.arguments import real, whole
 from lifequant.methods.base import Task
-from lifequant.methods.regulariser import Regulariser
+from lifequant.methods.importance import flat, protected
+from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register
 
 

@@ -7,10 +7,10 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from lifequant.cli import whole
-from lifequant.importance import sliced
+from lifequant.common.arguments import whole
 from lifequant.methods.base import Task
-from lifequant.methods.regulariser import Regulariser
+from lifequant.methods.importance import sliced
+from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register
 
 

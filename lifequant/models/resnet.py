@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant.quantizers.layers import Scheme
+from lifequant.qat.layers import Scheme
 from lifequant.registry import register
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.errors import UserError
+from lifequant.common.errors import UserError
 
 STEP_FLOOR = 1e-6  # a step below it is a failure of the run, which reports it; without it a negative step flips signs
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 32)

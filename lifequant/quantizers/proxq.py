@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from lifequant.cli import boolean, real
+from lifequant.common.arguments import boolean, real
 from lifequant.quantizers.base import FakeQuant, Quantizer, standardize
 from lifequant.quantizers.lsq import LSQActivation
 from lifequant.registry import register

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lifequant import calibrate, options, quantize_model, registry
+from lifequant.data.replay import epoch_order
 from lifequant.methods.base import Batch, user_task
-from lifequant.penalties import PENALTIES
-from lifequant.replay import epoch_order
-from lifequant.steps import StepSizes, param_groups
+from lifequant.penalties.base import PENALTIES
+from lifequant.qat.scales import StepSizes, param_groups
 
 warnings.simplefilter("ignore")
 SIZE, EPOCHS, LR = 32, 6, 0.02

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchvision.models import get_model
 
 from lifequant import calibrate, quantize_model
-from lifequant.steps import StepSizes, param_groups
+from lifequant.qat.scales import StepSizes, param_groups
 
 MODELS = ["resnet18", "mobilenet_v2", "vgg11_bn", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0"]
 

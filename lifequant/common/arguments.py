@@ -1,0 +1,155 @@
+"""What every command line of the project shares: a parser whose mistakes are UserErrors, argument types, an exit code.
+
+``python script.py`` is ``sys.exit(run_main(main, sys.argv[1:]))``: a user's mistake prints one line on stderr and
+exits 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lifequant.common.errors import UserError, closest
+
+TRUE = ("true", "yes", "on", "1")
+FALSE = ("false", "no", "off", "0")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default, unless there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, raises UserError instead of exiting, names the flag that is closest to an unknown one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _Help)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse's, but a mistyped flag is named first, before the flag that is missing because of it."""
+        words = list(sys.argv[1:] if args is None else args)
+        flags = words[: words.index("--")] if "--" in words else words
+        self._refuse([word for word in flags if word.startswith("--") and not self._knows(word)])
+        parsed, rest = self.parse_known_args(words, namespace)
+        self._refuse([word for word in rest if word != "--"])
+        return parsed
+
+    def _knows(self, word: str) -> bool:
+        return word.split("=", 1)[0] in self._option_string_actions
+
+    def _refuse(self, words: Sequence[str]) -> None:
+        if words and words[0].startswith("-"):
+            flag = words[0].split("=", 1)[0]
+            raise UserError(f"unknown flag {flag}{closest(flag, self._option_string_actions)} (--help lists all)")
+        if words:
+            raise UserError(f"unexpected argument {words[0]!r} (--help lists the flags)")
+
+
+def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """The exit code of ``main(argv)``: 2 after a user's mistake or what the file system refuses, 130 after Ctrl-C."""
+    try:
+        return _run(main, sys.argv[1:] if argv is None else argv)
+    except BaseException:  # a fault of our own, or an exit
+        _let_the_first_speak()
+        raise
+
+
+def _let_the_first_speak() -> None:
+    """One of several processes (torchrun) that fail alike waits to be ended with the first, which says what is wrong."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+
+
+def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    try:
+        try:
+            return main(argv) or 0
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("lifequant: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has gone; the interpreter's own last flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # full disk, no permission, a folder where a file should be
+        if error.errno is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror}{where}"
+    _let_the_first_speak()
+    print(f"lifequant: error: {one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def one_line(text: object) -> str:
+    """``text`` on one line that is safe to print: control characters and what isn't UTF-8 become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def boolean(text: str) -> bool:
+    """``True``, ``yes``, ``on``, ``1`` and their opposites, in any case."""
+    word = text.strip().lower()
+    if word not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return word in TRUE
+
+
+def share(text: str) -> float:
+    """A share in (0, 1]: a value above 1 is percent, so ``25`` and ``0.25`` are a quarter; ``1`` is all."""
+    value = _float(text)
+    if not 0 < value <= 100:  # NaN fails too
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no share: give 0.25 or 25 for a quarter, at most 1 or 100 for all"
+        )
+    return value / 100 if value > 1 else value
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a whole number that is at least ``least``."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return convert
+
+
+def real(least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """The type of a finite number that is at least ``least`` and above ``above``."""
+
+    def convert(text: str) -> float:
+        value = _float(text)
+        if not (math.isfinite(value) and value >= least and value > above):
+            bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number{bound}")
+        return value
+
+    return convert
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,297 @@
+"""Task CSVs -> checked tables -> decoded images. Training and test images are two stores that share nothing."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lifequant.common.errors import UserError, closest
+from lifequant.common.files import TOP, find_folder, prepare_command
+from lifequant.common.safe_files import MOST_CLASSES, short, stats_inside
+from lifequant.config import REPLAY_RATE, Config
+from lifequant.data import dataset_json
+from lifequant.data.augment import augmentation
+from lifequant.data.image_cache import default_cache_dir, load_images
+from lifequant.data.image_storage import choose_place
+from lifequant.data.replay import stored_rows
+from lifequant.data.split import long_tail, lowest, share_of_each
+from lifequant.data.task_csv import Rows, csv_name, leaves_root, prefixes, read_rows, task_numbers
+from lifequant.methods.base import LifelongMethod, Task
+
+
+@dataclass
+class Store:
+    """Decoded images, each once, with their labels."""
+
+    paths: list[str]
+    labels: Tensor  # int64 [N]
+    images: Tensor  # uint8 [N, 3, H, W], where memory.choose_place says: rows of it by memory.take
+
+
+@dataclass
+class DataSet:
+    """What a run trains and tests on. A task is named by its place in ``ids``."""
+
+    prefix: str
+    class_names: list[str]
+    ids: list[int]
+    train: Store
+    test: Store
+    new: list[list[int]]  # rows in train, a list a task
+    held_out: list[list[int]]  # rows in train: validation images, never trained on or stored
+    replay_csv: list[list[int]] | None  # rows in train to be stored of each task, where CSVs say so
+    test_rows: list[list[int]]  # rows in test
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def classes(self, place: int) -> list[int]:
+        """Labels of a task: of its training and its test images."""
+        train = self.train.labels[self.new[place]].tolist()
+        return sorted({*train, *self.test.labels[self.test_rows[place]].tolist()})
+
+    def stored(self, tasks: int, config: Config) -> list[int]:
+        """Rows in train that are kept for replay after the first so many tasks."""
+        if (config.replay_rate == 0 and config.buffer_size is None) or tasks == 0:
+            return []
+        if self.replay_csv is not None and config.buffer_size is None:
+            return sorted(set().union(*self.replay_csv[:tasks]))
+        labels, rate = self.train.labels.tolist(), REPLAY_RATE if config.replay_rate is None else config.replay_rate
+        return stored_rows(self.train.paths, labels, self.new[:tasks], rate, config.buffer_size, config.seed)
+
+    def task(self, place: int, config: Config, method: LifelongMethod) -> Task:
+        """What a method sees of the task; a joint method sees all tasks as one."""
+        new = sorted(set().union(*self.new)) if method.joint else self.new[place]
+        past = [] if method.joint else self.new[:place]
+        stored = [] if method.joint else self.stored(place, config)
+        here, device = set(new), self.train.labels.device
+
+        def rows(values: Sequence[int]) -> Tensor:
+            return torch.tensor(sorted(values), dtype=torch.int64, device=device)
+
+        return Task(
+            id=place,
+            classes=sorted({*self.train.labels[new].tolist()}),
+            images=self.train.images,
+            labels=self.train.labels,
+            new=rows(new),
+            replay=rows([r for r in stored if r not in here]),
+            past=rows(set().union(*past) if past else []),
+            num_classes=self.num_classes,
+            batch_size=config.train_batch_size,
+            stored=len(stored),
+            augment=augmentation(config),
+        )
+
+
+def load_dataset(config: Config, device: torch.device, say: Callable[[str], None]) -> DataSet:
+    """Read, check and decode everything that ``config`` asks for; ``say`` takes lines for the user. Raises UserError."""
+    folder = Path(config.csv_dir)
+    if not folder.is_dir():
+        raise UserError(f"--csv_dir {folder}: no such folder; lifeLongDataGeneator.py makes the task CSVs")
+    prefix = _prefix(folder, config.dataset)
+    record = dataset_json.read(folder) or {}
+    record = record if record.get("name") == prefix else {}
+    present = task_numbers(folder, prefix, "train")
+    wanted = config.num_tasks or present[-1] + 1
+    ids = range(wanted) if config.task_id is None else [config.task_id]
+    for task in ids:  # before any list of them, which a file name could make as long as it likes
+        if task not in present:
+            flag = "--num_tasks" if config.task_id is None else "--task_id"
+            raise UserError(
+                f"{flag}: {csv_name(prefix, 'train', task)} is not in {folder} (tasks there: {_listed(present)})"
+            )
+    ids = list(ids)
+    every = {task: read_rows(folder / csv_name(prefix, "train", task)) for task in present}
+    tests = {task: read_rows(folder / csv_name(prefix, "test", task)) for task in task_numbers(folder, prefix, "test")}
+    for task in ids:
+        if task not in tests:
+            raise UserError(f"{folder}: {csv_name(prefix, 'test', task)} is missing; make it with --source test")
+    names = _class_names(config, record, [*every.values(), *tests.values()], folder)
+    label_of = _labels(
+        folder,
+        prefix,
+        {("train", t): rows for t, rows in every.items()} | {("test", t): rows for t, rows in tests.items()},
+        names,
+    )
+
+    kept = _long_tail(config, record, every, label_of, len(names), say)
+    held = _held_out(config, kept, label_of)
+    new = [[image for image, _ in every[t] if image in kept and image not in held] for t in ids]
+    held_out = [[image for image, _ in every[t] if image in held] for t in ids]
+    for t, images in zip(ids, new, strict=True):
+        if not images:
+            raise UserError(f"{folder / csv_name(prefix, 'train', t)}: no training image is left for task {t}")
+    replay = _replay_csv(config, folder, prefix, ids, every, say)
+    if replay is not None:
+        replay = [[image for image in images if image in kept and image not in held] for images in replay]
+
+    root = _image_root(config, record, folder, prefix)
+    train = sorted(set().union(*new, *held_out))
+    test = sorted({image for t in ids for image, _ in tests[t]})
+    stats = _checked_images(root, sorted({*train, *test}), prefix)
+    cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    where = choose_place(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
+
+    def store(paths: list[str], kind: str) -> Store:
+        images = load_images(
+            root,
+            paths,
+            config.image_size,
+            cache,
+            f"{prefix}-{kind}",
+            say,
+            where.mapped,
+            [stats[path] for path in paths],
+        )
+        images = images.to(device) if where.resident else images
+        return Store(paths, torch.tensor([label_of[p] for p in paths], device=device), images)
+
+    place = {path: i for i, path in enumerate(train)}
+    test_place = {path: i for i, path in enumerate(test)}
+    return DataSet(
+        prefix=prefix,
+        class_names=names,
+        ids=ids,
+        train=store(train, "train"),
+        test=store(test, "test"),
+        new=[sorted(place[p] for p in images) for images in new],
+        held_out=[sorted(place[p] for p in images) for images in held_out],
+        replay_csv=replay and [sorted(place[p] for p in images) for images in replay],
+        test_rows=[sorted(test_place[p] for p, _ in tests[t]) for t in ids],
+    )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _prefix(folder: Path, wanted: str | None) -> str:
+    present = prefixes(folder)
+    if not present:
+        raise UserError(f"--csv_dir {folder}: no task CSVs (<name>_train0.csv); lifeLongDataGeneator.py makes them")
+    if wanted is None and len(present) > 1:
+        raise UserError(f"--csv_dir {folder} has CSVs of {' and '.join(present)}: choose one by --dataset")
+    prefix = wanted or present[0]
+    if prefix not in present:
+        raise UserError(f"--dataset {prefix}: no {prefix}_train0.csv in {folder}{closest(prefix, present)}")
+    return prefix
+
+
+def _class_names(config: Config, record: dict, tables: list[Rows], folder: Path) -> list[str]:
+    """dataset.json's names, else as many labels as all CSVs have, whichever of them run; --num_classes may add outputs."""
+    names = list(record.get("class_names") or [])
+    if not names:
+        names = [str(label) for label in range(1 + max(label for rows in tables for _, label in rows))]
+    if config.num_classes is not None:
+        if config.num_classes < len(names):
+            raise UserError(f"--num_classes {config.num_classes}: the data set in {folder} has {len(names)} classes")
+        if config.num_classes > MOST_CLASSES:
+            raise UserError(f"--num_classes {config.num_classes}: give at most {MOST_CLASSES}")
+        names += [str(label) for label in range(len(names), config.num_classes)]
+    return names
+
+
+def _labels(folder: Path, prefix: str, tables: dict[tuple[str, int], Rows], names: list[str]) -> dict[str, int]:
+    """{image: label}, after checks: labels are known, no path leaves the image root, train and test share no image."""
+    label_of: dict[str, int] = {}
+    kind_of: dict[str, str] = {}
+    for (kind, task), rows in tables.items():
+        file = folder / csv_name(prefix, kind, task)
+        for image, label in rows:
+            if label >= len(names):
+                raise UserError(
+                    f"{file}: {short(image)} has the label {label}, unknown among {len(names)} classes (dataset.json)"
+                )
+            if leaves_root(image):
+                raise UserError(f"{file}: {short(image)!r} leaves the image root; give paths relative to it")
+            if label_of.setdefault(image, label) != label:
+                raise UserError(f"{file}: {short(image)} has the label {label}, elsewhere {label_of[image]}")
+            if kind_of.setdefault(image, kind) != kind:
+                raise UserError(f"{file}: {short(image)} is in training and test CSVs both")
+    return label_of
+
+
+def _long_tail(
+    config: Config, record: dict, every: dict[int, Rows], label_of: dict[str, int], num_classes: int, say
+) -> set[str]:
+    """The training images that --lt_gamma keeps, decided over the CSVs of all tasks, whichever of them run."""
+    images = sorted({image for rows in every.values() for image, _ in rows})
+    done = float(record.get("lt_gamma") or 1)
+    if config.lt_gamma == 1 or config.lt_gamma == done:
+        if done != 1 and config.lt_gamma == done:
+            say(f"--lt_gamma {done:g}: the task CSVs were made so; not thinned again")
+        return set(images)
+    if done != 1:
+        raise UserError(f"--lt_gamma {config.lt_gamma:g}: the task CSVs were made with {done:g}; leave the flag out")
+    labels = [label_of[image] for image in images]
+    kept = lowest(images, labels, long_tail(Counter(labels), num_classes, config.lt_gamma), config.seed, "long_tail")
+    say(f"--lt_gamma {config.lt_gamma:g}: {len(kept)} of {len(images)} training images are kept")
+    return {images[place] for place in kept}
+
+
+def _held_out(config: Config, kept: set[str], label_of: dict[str, int]) -> set[str]:
+    """--val_fraction of each class, never its last image; an image is held out in all tasks or in none."""
+    images = sorted(kept)
+    labels = [label_of[image] for image in images]
+    counts = Counter(labels)
+    share = {c: min(n, counts[c] - 1) for c, n in share_of_each(counts, config.val_fraction).items()}
+    return {images[place] for place in lowest(images, labels, share, config.seed, "validation")}
+
+
+def _replay_csv(
+    config: Config, folder: Path, prefix: str, ids: list[int], every: dict[int, Rows], say
+) -> list[list[str]] | None:
+    """The images that the replay CSVs name; None where there are none, or where a flag asks for another sample."""
+    present = task_numbers(folder, prefix, "replay")
+    if config.replay_rate == 0 or not set(ids) <= set(present):
+        return None
+    if config.buffer_size is not None or config.replay_rate is not None:
+        say(f"the replay CSVs in {folder} are not used: --replay_rate or --buffer_size says what is stored")
+        return None
+    replay = []
+    for task in ids:
+        file = folder / csv_name(prefix, "replay", task)
+        own = dict(every[task])
+        for image, label in (rows := read_rows(file)):
+            if own.get(image) != label:
+                raise UserError(
+                    f"{file}: {short(image)} is not in {csv_name(prefix, 'train', task)} with the label {label}"
+                )
+        replay.append([image for image, _ in rows])
+    say(f"replay: the images that the replay CSVs in {folder} name")
+    return replay
+
+
+def _image_root(config: Config, record: dict, folder: Path, prefix: str) -> Path:
+    if config.data_dir is not None:
+        return find_folder(
+            config.data_dir, "--data_dir", f"make the images: {prepare_command(prefix, config.data_dir)}"
+        )
+    if record.get("image_root"):
+        root = Path(record["image_root"])
+        if not os.path.isdir(root):  # False too where the name is longer than any may be
+            raise UserError(
+                f"{folder / dataset_json.FILE} says the images are in {short(root)}, which is not there: name the folder by --data_dir"
+            )
+        return root
+    return (TOP or Path.cwd()) / "data_dir" / prefix
+
+
+def _checked_images(root: Path, paths: list[str], prefix: str) -> dict[str, os.stat_result]:
+    stats = dict(zip(paths, stats_inside(root, paths), strict=True))
+    missing = [path for path in paths if stats[path] is None]
+    if missing:
+        command = prepare_command(prefix, str(root))
+        raise UserError(
+            f"{len(missing)} of {len(paths)} images are missing in {root} (first: {short(missing[0])}): name their folder by --data_dir, "
+            f"or make them: {command}"
+        )
+    return stats

@@ -1,0 +1,196 @@
+"""Images decoded once: a uint8 tensor, cached on disk, keyed by what went in. Safe to delete; rebuilt if stale.
+
+The cache file is written as images are decoded, so that a build needs memory for a few of them only, under a temporary
+name until it is whole. A file is a .npy: numpy reads it too.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import math
+import os
+import secrets
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lifequant.common import fault_injection
+from lifequant.common.errors import UserError
+from lifequant.common.lock import held
+from lifequant.common.safe_files import open_regular, stats_inside
+from lifequant.data.decode import decode, quiet
+from lifequant.data.image_storage import map_images
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_FORMAT = 2  # of the cached file; another one is another key
+_AHEAD = 64  # decoded images that may wait to be written, beside one a core
+
+Stats = Sequence["os.stat_result | None"]
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lifequant"
+
+
+def load_images(
+    root: Path,
+    paths: Sequence[str],
+    size: int,
+    cache_dir: Path,
+    name: str,
+    say: Callable[[str], None],
+    mapped: bool = False,
+    stats: Stats | None = None,
+) -> Tensor:
+    """uint8 [len(paths), 3, size, size], from the cache or decoded now. ``mapped``: it stays in the file (memory.map_images).
+
+    ``stats``: ``untrusted.stats_inside(root, paths)``, where they are known. Raises UserError for what can't be decoded, and where
+    the cache can't be written but images must be mapped.
+    """
+    cached = cache_dir / f"{name}-{_key(root, paths, size, stats or stats_inside(root, paths))}.npy"
+    shape = (len(paths), 3, size, size)
+    images = _open(cached, shape, mapped)
+    if images is not None:
+        return images
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = cached.with_name(f"{cached.name}.lock")
+        with held(lock, lambda owner: say(f"waiting for {owner} to finish decoding")):
+            images = _open(cached, shape, mapped)  # by whom we have waited for
+            if images is None:
+                with closing(_decoded(root, paths, size, say)) as decoded:
+                    _build(cached, decoded, shape)
+                images = _open(cached, shape, mapped)
+        if images is None:
+            raise OSError(errno.EIO, "what was written can't be read")
+        return images
+    except OSError as error:
+        problem = f"the image cache {cache_dir} can't be written ({error.strerror})"
+    if mapped:
+        raise UserError(f"--cache mmap: {problem}: {math.prod(shape) / 1e9:.1f} GB are needed; name a --cache_dir")
+    say(f"{problem}: images are kept in memory for this run")
+    whole = np.empty(shape, np.uint8)
+    for place, image in enumerate(_decoded(root, paths, size, say)):
+        whole[place] = image
+    return torch.from_numpy(whole)
+
+
+def _key(root: Path, paths: Sequence[str], size: int, stats: Stats) -> str:
+    """A hash of everything that the decoded tensor depends on: names, sizes and times of the files."""
+    digest = hashlib.sha256(f"{_FORMAT} {size} {root}\n".encode())
+    for path, status in zip(paths, stats, strict=True):
+        if status is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(root / path))
+        digest.update(f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The begin of a .npy of uint8."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _open(cached: Path, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
+    """The images in a cache file; None where it is not there yet, or broken."""
+    header, count = _header(shape), math.prod(shape)
+    try:
+        with open_regular(cached, len(header) + count) as file:
+            if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != len(header) + count:
+                return None
+            if mapped and count:
+                return map_images(file, len(header), shape)
+            return torch.from_numpy(np.fromfile(file, np.uint8, count).reshape(shape))
+    except (OSError, ValueError, UserError):  # UserError: larger, or no file at all
+        return None
+    except MemoryError:
+        raise UserError(
+            f"{count / 1e9:.1f} GB of decoded images don't fit memory: leave them on disk (--cache mmap)"
+        ) from None
+
+
+def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
+    """Write ``images`` to the file ``cached``, whole or not at all. Raises OSError."""
+    _clear_left(cached.parent)
+    header = _header(shape)
+    temporary = cached.with_name(f"{cached.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            _lock(file)
+            if shutil.disk_usage(cached.parent).free < len(header) + math.prod(shape):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.write(header)
+            for image in images:
+                file.write(image)
+                fault_injection.point("cache")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, cached)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether ``file`` is now this process's: as long as it lives, so that a killed one's files can be told."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError):  # another process's, or no locks on this system
+        return False
+    return True
+
+
+def _clear_left(cache_dir: Path) -> None:
+    """Remove what killed builds have left."""
+    for left in cache_dir.glob("*.npy.*-*"):
+        try:
+            with open_regular(left, 2**62) as file:
+                if _lock(file):
+                    left.unlink(missing_ok=True)
+        except (OSError, UserError):  # gone meanwhile, or someone else's
+            pass
+
+
+def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], None]) -> Iterator[np.ndarray]:
+    """uint8 [3, size, size] of each path in turn, decoded by as many threads as there are cores (Pillow lets them run)."""
+
+    def pixels(path: str) -> tuple[np.ndarray, str | None]:
+        image, done = decode(root / path, size)
+        return np.ascontiguousarray(image.numpy()), done
+
+    conversions: dict[str, int] = {}
+    waiting: deque[Future] = deque()
+    workers = os.cpu_count() or 1
+    ahead = _AHEAD + workers
+    with (
+        quiet(),
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(None, "decoding", len(paths), unit=" images", leave=False, disable=None) as bar,
+    ):
+        for place in range(len(paths) + ahead):
+            if place < len(paths):
+                waiting.append(pool.submit(pixels, paths[place]))
+            if place >= ahead:  # the one that has waited longest
+                image, done = waiting.popleft().result()
+                if done:
+                    conversions[done] = conversions.get(done, 0) + 1
+                yield image
+                bar.update()
+    for done, count in conversions.items():
+        say(f"{count} of {len(paths)} images were converted: {done}")

@@ -1,0 +1,63 @@
+"""Which images are stored for replay, and BaLL's sampler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lifequant.data.split import lowest, share_of_each, total_of_each
+from lifequant.losses import rebalancing_weights
+
+
+def stored_rows(
+    paths: Sequence[str],
+    labels: Sequence[int],
+    past: Sequence[Sequence[int]],
+    rate: float,
+    buffer: int | None,
+    seed: int,
+) -> list[int]:
+    """Rows kept of former tasks: the same share of every class of each, or ``buffer`` images in all.
+
+    ``past`` has the rows of each former task. The buffer is filled task after task, as in a run, by rank: what it holds of
+    an old task is a part of what it held before, since an image that was let go is gone.
+    """
+
+    def pick(rows: Sequence[int], keep_of: dict[int, int]) -> list[int]:
+        places = lowest([paths[r] for r in rows], [labels[r] for r in rows], keep_of, seed, "replay")
+        return [rows[place] for place in places]
+
+    if buffer is not None:
+        stored: list[int] = []
+        seen: set[int] = set()
+        for rows in past:
+            seen.update(rows)
+            pool = sorted({*stored, *rows})
+            stored = pick(pool, _quota(Counter(labels[r] for r in seen), Counter(labels[r] for r in pool), buffer))
+        return stored
+    kept = [pick(rows, share_of_each(Counter(labels[r] for r in rows), rate)) for rows in past]
+    return sorted(set().union(*kept)) if kept else []
+
+
+def _quota(seen: dict[int, int], there: dict[int, int], total: int) -> dict[int, int]:
+    """``total`` images in all, the same share of every class of those seen, as far as they are still there."""
+    keep = {label: min(n, there[label]) for label, n in total_of_each(seen, total).items()}
+    for _ in range(min(total, sum(there.values())) - sum(keep.values())):  # a class or two lack an image by rounding
+        label = min((label for label in keep if keep[label] < there[label]), key=lambda c: (keep[c] / seen[c], c))
+        keep[label] += 1
+    return keep
+
+
+def epoch_order(labels: Tensor, counts: Tensor, sampler: str, generator: torch.Generator) -> Tensor:
+    """int64 [N], places in the pool in the order of one epoch.
+
+    uniform: a permutation. ball: N draws with replacement, with probability proportional to r of the image's class, so
+    that rare classes come more often.
+    """
+    if sampler == "uniform":
+        return torch.randperm(len(labels), generator=generator)
+    weights = rebalancing_weights(counts.double().cpu())[labels.cpu()]
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)

@@ -1,0 +1,171 @@
+"""Task CSVs: how they are named, written, found and read.
+
+``<prefix>_train.csv`` has each training image once, ``<prefix>_train0.csv``, ``<prefix>_train1.csv``, ... those of each
+task; ``test`` and ``replay`` (no file over all tasks) likewise. Columns: image (path relative to the data folder, with
+/), label (the class's place among the sorted class names).
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lifequant.common.errors import UserError, closest
+from lifequant.common.safe_files import MOST_CLASSES, open_regular, short
+
+Rows = list[tuple[str, int]]  # (image, label)
+
+_NAME = re.compile(r"(?P<prefix>.+)_(?P<source>train|test|replay)(?P<task>0|[1-9][0-9]{0,5})?\.csv")
+_MOST_BYTES = 2**30  # of a CSV; ImageNet-21k's has 0.6 GB
+_MOST_ROWS = 20_000_000  # which take 3 GB of memory
+_MOST_ROW = 2**20  # characters of a row, line breaks in quotes included: 10,000 columns are fine, an endless line isn't
+_LONGEST_PATH = 4096  # characters; no system takes longer ones
+_OUTSIDE = re.compile(r"[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)|.*\0", re.DOTALL)
+
+
+def csv_name(prefix: str, source: str, task: int | None = None) -> str:
+    """File name of a task's CSV, or (``task`` None) of the one over all tasks."""
+    return f"{prefix}_{source}{'' if task is None else task}.csv"
+
+
+def csv_text(rows: Rows) -> str:
+    """The content of a CSV, header first."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([("image", "label"), *rows])
+    return out.getvalue()
+
+
+def prefixes(folder: Path) -> list[str]:
+    """The data sets whose training CSVs of tasks lie in ``folder``."""
+    matches = [_NAME.fullmatch(path.name) for path in folder.iterdir()]
+    return sorted({m["prefix"] for m in matches if m and m["source"] == "train" and m["task"]})
+
+
+def choose_prefix(folder: Path, wanted: str | None) -> str:
+    """The prefix ``wanted`` (also as cifar100.csv, cifar100_train.csv), else the only one present; raises UserError."""
+    present = prefixes(folder)
+    if not present:
+        raise UserError(
+            f"{folder}: no training CSVs of tasks (<name>_train0.csv, ...); lifeLongDataGeneator.py makes them"
+        )
+    if wanted is None:
+        if len(present) > 1:
+            raise UserError(f"{folder}: CSVs of several data sets ({', '.join(present)}); say which by --data_csv")
+        return present[0]
+    stem = wanted.removesuffix(".csv")
+    for name in (stem, re.sub(r"_(train|test|replay)[0-9]*$", "", stem)):
+        if name in present:
+            return name
+    raise UserError(f"{folder}: no {stem}_train0.csv (present: {', '.join(present)}){closest(stem, present)}")
+
+
+def task_numbers(folder: Path, prefix: str, source: str) -> list[int]:
+    """The tasks of which ``folder`` has a CSV, ascending."""
+    matches = [_NAME.fullmatch(path.name) for path in folder.iterdir()]
+    return sorted(int(m["task"]) for m in matches if m and m["task"] and (m["prefix"], m["source"]) == (prefix, source))
+
+
+def choose_tasks(folder: Path, prefix: str, num_tasks: int | None) -> int:
+    """``num_tasks``, or as many as there are training CSVs of tasks; raises UserError where one is missing."""
+    present = task_numbers(folder, prefix, "train")
+    wanted = num_tasks or present[-1] + 1
+    missing = next((task for task in range(wanted) if task not in present), None)  # at the first, however many
+    if missing is not None:
+        raise UserError(f"{folder}: {csv_name(prefix, 'train', missing)} is missing ({wanted} tasks asked for)")
+    return wanted
+
+
+def leaves_root(image: str) -> bool:
+    """Whether a path is absolute (on any system), climbs by ``..`` or holds a NUL."""
+    return _OUTSIDE.match(image) is not None
+
+
+class _Lines:
+    """A text file's lines for csv.reader, which would otherwise take a row of any length into memory."""
+
+    def __init__(self, file: io.TextIOBase) -> None:
+        self.file, self.left = file, _MOST_ROW
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline(_MOST_ROW + 1)
+        self.left -= len(line)
+        if self.left < 0:
+            raise csv.Error(f"a row of more than {_MOST_ROW} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+
+def _rows_of_text(path: Path) -> Iterator[list[str]]:
+    """Each row's values. Raises UserError."""
+    try:
+        with open_regular(path, _MOST_BYTES) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
+            lines = _Lines(file)
+            for row in csv.reader(lines, strict=True):
+                lines.left = _MOST_ROW
+                yield row
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text (byte {_not_utf8(path)})") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV ({error})") from None
+
+
+def _not_utf8(path: Path) -> int:
+    """The place of the first byte that isn't UTF-8 (a decoder of parts only knows its place in a part)."""
+    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
+    with open_regular(path, _MOST_BYTES) as file:
+        while part := file.read(2**16):
+            kept = len(decoder.getstate()[0])
+            try:
+                decoder.decode(part)
+            except UnicodeDecodeError as error:
+                return place - kept + error.start
+            place += len(part)
+    return place
+
+
+def read_rows(path: Path) -> Rows:
+    """A CSV's rows. Raises UserError, naming file and row, for what a CSV of images and labels can't hold."""
+    lines = _rows_of_text(path)
+    header = next(lines, [])
+    for column in ("image", "label"):
+        if column not in header:
+            raise UserError(f"{path}: no column '{column}' (columns: {short(', '.join(header)) or 'none'})")
+    image, label = header.index("image"), header.index("label")
+    rows: Rows = []
+    for number, line in enumerate(lines, start=2):
+        if not line:  # an empty line, which many editors leave at the end
+            continue
+        if len(line) != len(header):
+            raise UserError(f"{path}, row {number}: {len(line)} values where the header has {len(header)} columns")
+        if not (line[label].isascii() and line[label].isdigit() and len(line[label]) <= 9):
+            shown = repr(short(line[label]))
+            raise UserError(f"{path}, row {number}: the label {shown} is not a whole number of at least 0")
+        if (value := int(line[label])) >= MOST_CLASSES:
+            raise UserError(
+                f"{path}, row {number}: the label {value} is above {MOST_CLASSES - 1}: labels count the classes from 0"
+            )
+        if not line[image]:
+            raise UserError(f"{path}, row {number}: no image")
+        if len(line[image]) > _LONGEST_PATH:
+            raise UserError(
+                f"{path}, row {number}: a path of {len(line[image])} characters: give at most {_LONGEST_PATH}"
+            )
+        if len(rows) == _MOST_ROWS:
+            raise UserError(f"{path}: more than {_MOST_ROWS} rows: split it into tasks")
+        rows.append((line[image], value))
+    if not rows:
+        raise UserError(f"{path}: no images")
+    seen: set[str] = set()
+    for image, _ in rows:
+        if image in seen:
+            raise UserError(f"{path}: {short(image)} is there more than once")
+        seen.add(image)
+    return rows

@@ -1,0 +1,134 @@
+"""What penalties weigh movement by: squared (or absolute) gradients of each image, averaged, and sliced ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lifequant.qat.layers import QuantConv2d, fake_quants, weight_layers
+from lifequant.runtime import distributed
+
+CHUNK = 32  # images whose gradients are held at a time
+DIRECTIONS = 16  # output directions whose gradients are held at a time
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # (x float [N, ...], y int64 [N])
+
+
+def at_quantized_weights(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose weights are the quantized ones, with nothing between them and the loss."""
+    net = copy.deepcopy(model).eval()
+    for _, layer in weight_layers(net):
+        layer.weight = nn.Parameter(layer.weight_quant(layer.weight).detach())
+        layer.weight_quant = nn.Identity()
+    return net
+
+
+def conv_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{layer: latent weight} of the convolutions."""
+    return {name: layer.weight for name, layer in weight_layers(model) if isinstance(layer, QuantConv2d)}
+
+
+def protected(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of all but the quantizers' own: latent weights, biases, BatchNorm's affine, the head."""
+    quantizers = tuple(f"{name}." for name, _ in fake_quants(model))
+    return {name: p for name, p in model.named_parameters() if not name.startswith(quantizers)}
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All values in one new vector, in the tensors' order."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def image_means(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    batches: Batches,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    measure: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """{name: mean over images of measure(d objective(f(x), y) / d w)}, in eval mode, each image's gradient on its own.
+
+    ``weights`` are parameters of ``model`` by name; ``objective`` takes logits [1, C] and labels [1]. Gradients pass
+    quantizers by their straight-through estimators.
+    """
+    fixed = {name: p.detach() for name, p in model.named_parameters()}  # else every image's graph would be kept
+    weights = {name: w.detach() for name, w in weights.items()}
+
+    def of_one(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return objective(functional_call(model, {**fixed, **weights}, (image[None],)), label[None])
+
+    gradients = vmap(grad(of_one), in_dims=(None, 0, 0))
+    total = {name: torch.zeros_like(w) for name, w in weights.items()}
+    count = 0
+    with evaluating(model):
+        for x, y in batches:
+            for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+                if distributed.mine(count // CHUNK):
+                    for name, g in gradients(weights, images, labels).items():
+                        total[name] += measure(g).sum(0)
+                count += len(images)
+    for value in total.values():
+        distributed.total(value)
+    return {name: value / count for name, value in total.items()}
+
+
+def per_sample(net: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """{layer: mean over images of (d CE / d w)^2} for the convolutions of ``net``."""
+    weights = {f"{name}.weight": weight for name, weight in conv_weights(net).items()}
+    means = image_means(net, weights, batches, F.cross_entropy, torch.square)
+    return {name.removesuffix(".weight"): value for name, value in means.items()}
+
+
+def per_batch(net: nn.Module, weights: dict[str, nn.Parameter], batches: Batches) -> dict[str, Tensor]:
+    """{name: mean over batches of (d mean CE / d w)^2}: the published code's estimate, by the batches' size below
+    ``per_sample``'s."""
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    count = 0
+    for images, labels in batches:
+        count += 1
+        gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), list(weights.values()))
+        for value, g in zip(total.values(), gradients, strict=True):
+            value += g.square()
+    return {name: value / count for name, value in total.items()}
+
+
+def sliced(model: nn.Module, batches: list[Tensor], directions: Tensor) -> Tensor:
+    """[P] of ``protected``, flat: mean over directions xi of (d xi . m / d w)^2, m [K] the mean logits of all images.
+
+    ``batches`` are images [N, ...], ``directions`` is [S, K]. In eval mode.
+    """
+    weights = {name: p.detach().requires_grad_() for name, p in protected(model).items()}
+    total = torch.zeros_like(flat(weights.values()), requires_grad=False)
+    with evaluating(model), torch.enable_grad():
+        for block in directions.split(DIRECTIONS):
+            sums, count = [torch.zeros_like(total) for _ in block], 0
+            for x in batches:
+                logits = functional_call(model, weights, (x,)).sum(0)
+                count += len(x)
+                for value, direction in zip(sums, block, strict=True):
+                    value += flat(
+                        torch.autograd.grad(
+                            logits @ direction, list(weights.values()), retain_graph=True, materialize_grads=True
+                        )
+                    )
+            for value in sums:
+                total += (value / count).square()
+    return total / len(directions)

@@ -1,0 +1,107 @@
+"""The common base of the methods that hold every weight near its former value, the more so the more it mattered."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.common.arguments import whole
+from lifequant.methods.base import LifelongMethod, Task
+from lifequant.methods.importance import Batches, flat, protected
+
+
+class Regulariser(LifelongMethod):
+    """Penalty sum_i importance_i (w_i - anchor_i)^2 + offset over the latent weights, before lambda.
+
+    The w_i are all parameters but the quantizers' own. Importance and anchor are vectors over all of them; they are
+    allocated at the first task and then written in place: a compiled step needs no second compilation. A method says by
+    ``estimate`` what mattered for a task that has ended. Where another penalty is chosen nothing is gathered.
+    """
+
+    holds_down = True
+    regulariser = True
+    importances: tuple[str, ...] = ("importance",)  # the vectors that are kept, beside the anchor
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.used = config.penalty == "none"
+        self.anchor: Tensor | None = None  # the weights at the end of the former task; in the first, at its begin
+        self.offset: Tensor | None = None
+        for name in self.importances:
+            setattr(self, name, None)
+
+    @staticmethod
+    def images_flag(group: argparse._ArgumentGroup, method: str, images: int) -> None:
+        """Add ``--<method>_images``."""
+        group.add_argument(
+            f"--{method}_images",
+            type=whole(1),
+            metavar="N",
+            default=images,
+            help="at most so many images, evenly spaced over the task's own, to estimate importances from",
+        )
+
+    def option(self, name: str) -> Any:
+        """The value of ``--<method>_<name>``."""
+        return self.config.option(self.name)[name]
+
+    def batches(self, task: Task, size: int) -> Batches:
+        """The task's own training images, ``--<method>_images`` at most, evenly spaced; not augmented."""
+        count = min(self.option("images"), len(task.new))
+        rows = task.new[torch.arange(count, device=task.new.device) * len(task.new) // count]
+        return task.batches(rows, size)
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        super().begin_task(model, task)
+        if self.used and self.anchor is None:
+            self.anchor = flat(protected(model).values()).detach()
+            self.offset = self.anchor.new_zeros(())
+            for name in self.importances:
+                setattr(self, name, torch.zeros_like(self.anchor))
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        if self.anchor is None:
+            return super().penalty(model)
+        return (self.importance * (flat(protected(model).values()) - self.anchor).square()).sum() + self.offset
+
+    def end_task(self, model: nn.Module, task: Task) -> None:
+        super().end_task(model, task)
+        if self.used:
+            new = self.estimate(model, task)
+            with torch.no_grad():
+                self.merge(new, flat(protected(model).values()), task)
+
+    def estimate(self, model: nn.Module, task: Task) -> Tensor:
+        """[P], the importances for the task that has ended."""
+        raise NotImplementedError
+
+    def merge(self, new: Tensor, weights: Tensor, task: Task) -> None:
+        """Take in the importances ``new`` at ``weights``: here the sum, about the last weights."""
+        self.importance += new
+        self.anchor.copy_(weights)
+
+    def task_gradient(self, model: nn.Module) -> Tensor:
+        """[P], the gradient of the task loss alone: p.grad without lambda 2 importance (w - anchor)."""
+        weights = protected(model).values()
+        gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in weights)
+        moved = flat(weights).detach() - self.anchor
+        return gradient - 2 * self.config.ll_lambda * self.importance * moved
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("anchor", "offset", *self.importances)}
+        return super().state_dict() | kept
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for name in ("anchor", "offset", *self.importances):
+            setattr(self, name, state[name])
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Everything as held (float32 as a rule): what a method gathers during a task counts as importance."""
+        if self.anchor is None:
+            return {}
+        importance = sum(getattr(self, name).nbytes for name in self.importances) + self.offset.nbytes
+        return {"importance": importance, "reference": self.anchor.nbytes}

@@ -1,0 +1,68 @@
+"""Logits kept with replay images, in half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.methods.base import Batch, Task
+from lifequant.methods.importance import evaluating
+
+
+class StoredLogits:
+    """A table over all rows of the image store, of which only the held ones count; allocated once, written in place."""
+
+    def __init__(self) -> None:
+        self.table: Tensor | None = None  # float16 [rows, C]
+        self.held: Tensor | None = None  # bool [rows]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, task: Task, again: bool) -> None:
+        """At a task's begin: logits of replay images by ``model``, in eval mode, not augmented.
+
+        ``again``: of all of them; else of those without, and what was stored earlier stays. An image that is neither
+        stored nor new any more loses its logits.
+        """
+        shape = (len(task.images), task.num_classes)
+        if self.table is None or self.table.shape != shape:
+            self.table = torch.zeros(shape, dtype=torch.float16, device=task.labels.device)
+            self.held = torch.zeros(len(task.images), dtype=torch.bool, device=task.labels.device)
+        if again or not task.rows_last:
+            self.held.zero_()
+        kept = torch.zeros_like(self.held)
+        kept[task.pool] = True
+        self.held &= kept
+        rows = task.replay[~self.held[task.replay]]
+        with evaluating(model):
+            for part in rows.split(task.batch_size) if len(rows) else ():
+                self.table[part] = model(task.batch(part)[0]).half()
+        self.held[rows] = True
+
+    def distance(self, logits: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
+        """Scalar: mean over the batch's replay images of the squared distance of logits [N, C] from the stored ones,
+        summed over classes, or over those in ``known`` (bool [C]); 0 without a replay image."""
+        chosen = (batch.is_replay & self.held[batch.rows])[:, None]
+        difference = logits - self.table[batch.rows].to(logits.dtype)
+        keep = chosen if known is None else chosen & known
+        return torch.where(keep, difference, 0).square().sum() / chosen.sum().clamp(min=1)
+
+    def nbytes(self) -> int:
+        """Bytes of the logits held."""
+        return 0 if self.table is None else int(self.held.sum()) * self.table.shape[1] * self.table.element_size()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.table is None:
+            return {}
+        rows = self.held.nonzero()[:, 0]
+        return {"shape": list(self.table.shape), "rows": rows, "logits": self.table[rows]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not state:
+            self.table = self.held = None
+            return
+        self.table = torch.zeros(state["shape"], dtype=torch.float16, device=state["rows"].device)
+        self.held = torch.zeros(len(self.table), dtype=torch.bool, device=state["rows"].device)
+        self.table[state["rows"]] = state["logits"]
+        self.held[state["rows"]] = True

@@ -1,0 +1,68 @@
+"""--bit_schedule 32,8,4,2: progressive bits (LifeQuant, ICCV 2023), each rung a run of its own in job_dir/<bits>bit.
+
+A rung starts from the model of the rung before. All but the last are trained on task 0 alone, so that nothing has seen a
+later task before its time; the last one learns all tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lifequant import train
+from lifequant.common.errors import UserError
+from lifequant.config import Config
+
+
+def rungs(config: Config) -> list[Config]:
+    """The config of each rung. An --abitW of its own holds below 32 bits."""
+    made: list[Config] = []
+    for bits in config.bit_schedule:
+        last = bits == config.bit_schedule[-1]
+        changed: dict[str, Any] = {"bitW": bits, "job_dir": str(folder(config, bits)), "bit_schedule": None}
+        changed["abitW"] = bits if config.abitW == config.bitW or bits == 32 else config.abitW
+        if not last:
+            changed["num_tasks"] = 1
+        if made:
+            source = Path(made[-1].job_dir) / "model_best.pt"
+            changed |= {"source_dir": "", "source_file": str(source), "source_model": None, "pretrained": True}
+        made.append(replace(config, **changed))
+    return made
+
+
+def folder(config: Config, bits: int) -> Path:
+    return Path(config.job_dir) / f"{bits}bit"
+
+
+def run(config: Config, notes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Run all rungs, one after the other; with --resume those that are finished are only read. Raises UserError."""
+    if config.resume and config.resume.lower() not in ("true", "yes"):
+        raise UserError("--bit_schedule is resumed by --resume without a path: job_dir has all of its rungs")
+    found = []
+    for place, rung in enumerate(rungs(config)):
+        print(f"rung {place + 1} of {len(config.bit_schedule)}: {rung.bitW} bits, in {rung.job_dir}", flush=True)
+        found.append(train.run(rung, notes if place == 0 else ()))
+    print(table(config, found))
+    return found
+
+
+def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
+    """A line a rung: accuracy on task 0 when it had just been learnt, and what all tasks came to at the last rung."""
+    lines = [
+        f"{'bits':<8}{'tasks':>6}{'task 0 (%)':>12}{'average (%)':>13}{'forgetting':>12}{'model (kB)':>12}  folder"
+    ]
+    for bits, results in zip(config.bit_schedule, found, strict=True):
+        settings, forgot = results["config"], results["forgetting"]
+        cells = [
+            f"{settings['bitW']}/{settings['abitW']:<6}"[:8].ljust(8),
+            f"{len(results['tasks']):>6}",
+            f"{results['top1'][0][0]:>12.2f}",
+            f"{results['average_accuracy']:>13.2f}",
+            f"{'-' if forgot is None else format(forgot, '.2f'):>12}",
+            f"{results['memory_bytes']['packed_model'] / 1000:>12.1f}",
+            f"  {folder(config, bits).name}",
+        ]
+        lines.append("".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,291 @@
+"""From a run's history to results.json. What is undefined is None, never NaN; accuracies are in percent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.common import fault_injection
+from lifequant.common.files import TOP
+from lifequant.data.dataset import DataSet
+from lifequant.evaluation import metrics
+from lifequant.evaluation.evaluate import evaluate
+from lifequant.evaluation.nearest_mean import nme_accuracy
+from lifequant.qat.code_usage import code_counts, packed_model_bytes
+from lifequant.qat.layers import fake_quants, quantized_weights, weight_layers
+from lifequant.quantizers.base import FakeQuant
+from lifequant.results import schema
+from lifequant.results.run_warnings import refuse_divergence, warn_of, warn_of_one_code
+from lifequant.runtime.log import table
+
+if TYPE_CHECKING:
+    from lifequant.training.run import Run
+
+SCHEMA = 1
+TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
+    "loss": "loss/all",
+    "task_loss": "loss/task",
+    "penalty": "loss/penalty",
+    "top1": "accuracy/train_top1",
+    "top5": "accuracy/train_top5",
+}
+KEPT = ("importance", "reference", "logits", "average", "oscillation")
+CODE_IMAGES = 256  # training images over which activation codes are counted
+
+
+def new_history() -> dict[str, Any]:
+    """What grows as a run goes on; plain values, so that a checkpoint can hold it."""
+    rows: dict[str, Any] = {
+        name: []
+        for name in (
+            "top1",
+            "top5",
+            "top1_masked",
+            "top1_nme",
+            "quantization_error",
+            "tasks",
+            "training",
+            "oscillation",
+        )
+    }
+    times = {"seconds": 0.0, "timed_seconds": 0.0, "timed_images": 0, "seconds_by_part": {}}
+    return rows | times | {"baseline": None, "memory": {}}
+
+
+def data_key(data: DataSet) -> list[str]:
+    """Two hashes: of the images' names and labels and of the tasks; of the replay CSVs, which task 0 does not need."""
+    tasks = (data.class_names, data.train.paths, data.train.labels.tolist(), data.new, data.test.paths, data.test_rows)
+    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (tasks, data.replay_csv)]
+
+
+def step_sums(logits: Tensor, y: Tensor, task_loss: Tensor, penalty: Tensor) -> Tensor:
+    """float32 [5] on the device: task loss, penalty times lambda, top-1 and top-5 hits, images; losses times images."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
+    n = len(y)
+    return torch.stack(
+        [
+            task_loss * n,
+            penalty * n,
+            top[:, 0].sum().float(),
+            top.sum().float(),
+            torch.full((), float(n), device=y.device),
+        ]
+    )
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """The sums per image; a device synchronisation."""
+    task_loss, penalty, top1, top5, images = sums.tolist()
+    n = max(images, 1)
+    return {"loss": (task_loss + penalty) / n, "task_loss": task_loss / n, "penalty": penalty / n,
+            "top1": 100 * top1 / n, "top5": 100 * top5 / n}  # fmt: skip
+
+
+def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:
+    """The means since the last reading: to the curves and the progress bar. False where they are not finite and the run has
+    gone back to the last reading (see finite.py)."""
+    with run.clock.within("step"):  # a GPU has the steps before still to do
+        values = means(run.sums)
+        bad = run.watch.bad()
+    if bad:
+        run.watch.go_back(run)
+        bar.update(run.step - bar.n)
+        return False
+    run.sums.zero_()
+    refuse_divergence(run, values["loss"])
+    speed = run.clock.images_per_second()
+    for name, value in values.items():
+        curves.add_scalar(TAGS[name], value, run.step)
+    curves.add_scalar("lr", lr, run.step)
+    if speed:
+        curves.add_scalar("speed/images_per_second", speed, run.step)
+    for name, quant in fake_quants(run.model):
+        curves.add_scalar(f"quantizer_step_size/{name}", quant.step().mean().item(), run.step)
+    bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
+    run.watch.keep(run)
+    return True
+
+
+def memory_bytes(run: Run, task: Any) -> dict[str, int]:
+    """What is kept beside the packed model: replay images and their logits, importances, former weights or models,
+    the moving average, and what counts oscillations."""
+    memory = {"replay": task.stored * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
+    for hook in run.hooks:
+        for name, size in hook.memory_bytes().items():
+            memory[name] += size
+    memory["average"] = run.average.memory_bytes() if run.average else 0
+    memory["oscillation"] = run.oscillations.memory_bytes() if run.oscillations else 0
+    if run.teacher is not None:
+        memory["reference"] += packed_model_bytes(run.model)
+    return memory
+
+
+def end_task(run: Run, task: Any) -> None:
+    """Evaluate after a task: a row of each matrix, curves, histograms, warnings."""
+    history, place = run.history, task.id
+    with run.clock.part("evaluation", "evaluation"):
+        scores = evaluate(run.model, run.data, run.config.eval_batch_size)
+        if run.config.nme:
+            exemplars = run.data.stored(place + 1, run.config)
+            history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
+    refuse_divergence(run, sum(scores.error), evaluated=True)
+    for name, row in (
+        ("top1", scores.top1),
+        ("top5", scores.top5),
+        ("top1_masked", scores.masked),
+        ("quantization_error", scores.error),
+    ):
+        history[name].append(row)
+    history["tasks"].append({"train_images": len(task.new), "replay_images": len(task.replay)})
+    history["training"].append(means(run.epoch_sums))
+    history["memory"] = memory_bytes(run, task)
+    for i, id in enumerate(run.data.ids):
+        curves = run.log.writer(f"task{id}/test", purge_step=place)
+        curves.add_scalar("accuracy/test_top1", scores.top1[i], place)
+        curves.add_scalar("accuracy/test_top5", scores.top5[i], place)
+        curves.add_scalar("accuracy/test_top1_masked", scores.masked[i], place)
+    curves = run.log.writer(f"task{run.data.ids[place]}")
+    if run.oscillations:
+        shares = run.oscillations.share()
+        history["oscillation"].append({"oscillating": shares, "frozen": run.oscillations.frozen_share()})
+        for name, share in shares.items():
+            curves.add_scalar(f"oscillating_weights/{name}", share, run.step)
+    for name, layer in weight_layers(run.model):
+        curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), run.step)
+        if isinstance(layer.weight_quant, FakeQuant):
+            codes = layer.weight_quant.codes(layer.weight)
+            if len(unique := codes.unique()) == 1:
+                warn_of_one_code(run, name)
+            used = len(unique) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
+            curves.add_histogram(f"quantizer_codes/{name}", codes.flatten().cpu().numpy(), run.step)
+            curves.add_scalar(f"quantizer_codes_used/{name}", used, run.step)
+    warn_of(run, place)
+    accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
+    run.log.say(f"after {'all tasks' if run.method.joint else f'task {run.data.ids[place]}'}, top-1 (%): {accuracies}")
+
+
+def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+    """The quantized weights and the weights' steps at the end of each task, from the checkpoints written then."""
+    weights, steps = [], []
+    with run.clock.within("checkpoint"):
+        run.writer.wait()
+    now = {name: value.clone() for name, value in run.model.state_dict().items()}
+    for place in range(run.num_tasks):
+        run.model.load_state_dict(
+            checkpoint.read(run_folder.task_file(run.config.job_dir, place), "run", run.device)["model"]
+        )
+        weights.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
+        quants = {name: layer.weight_quant for name, layer in weight_layers(run.model)}
+        steps.append(
+            {name: quant.step().mean().item() for name, quant in quants.items() if isinstance(quant, FakeQuant)}
+        )
+    run.model.load_state_dict(now)
+    return weights, steps
+
+
+def assemble(run: Run) -> dict[str, Any]:
+    """results.json's content."""
+    history, data = run.history, run.data
+    R = history["top1"]
+    x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method)).batch(task.pool[:CODE_IMAGES])
+    with run.clock.within("evaluation"):
+        codes = code_counts(run.model, x)
+    for name, (quant, _, counts) in codes.items():
+        if int((counts > 0).sum()) > 2**quant.bits and not quant.exceeds_bits:
+            raise RuntimeError(f"{name} has {int((counts > 0).sum())} codes, more than {quant.bits} bits have")
+    weights, steps = snapshots(run)
+    tests = [len(rows) for rows in data.test_rows]
+    joint = run.method.joint
+    images = history["tasks"] if not joint else [{"train_images": len(rows), "replay_images": 0} for rows in data.new]
+    return {
+        "schema": SCHEMA,
+        "config": run.config.asdict(paths=False),
+        "tasks": [
+            {"id": id, "classes": data.classes(i), **images[i], "test_images": tests[i]}
+            for i, id in enumerate(data.ids)
+        ],
+        "top1": R,
+        "top5": history["top5"],
+        "top1_masked": history["top1_masked"],
+        "average_accuracy": metrics.average_accuracy(R),
+        "average_accuracy_weighted": metrics.average_accuracy_weighted(R, tests),
+        "average_incremental_accuracy": metrics.average_incremental_accuracy(R),
+        "forgetting": metrics.forgetting(R),
+        "forgetting_rate": metrics.forgetting_rate(R),
+        "bwt": metrics.bwt(R),
+        "fwt": metrics.fwt(R, history["baseline"]) if history["baseline"] else None,
+        "space_shift": metrics.space_shift(weights),
+        "step_change": metrics.step_change(steps),
+        "top1_nme": history["top1_nme"] or None,
+        "average_accuracy_nme": metrics.average_accuracy(history["top1_nme"]),
+        "quantization_error": history["quantization_error"],
+        "oscillation": history["oscillation"] or None,
+        "max_codes_per_tensor": {
+            name: {"codes": int((c > 0).sum()), "bits": q.bits} for name, (q, _, c) in codes.items()
+        },
+        "code_histograms": {name: {"first_code": first, "counts": c.tolist()} for name, (_, first, c) in codes.items()},
+        "memory_bytes": {"packed_model": packed_model_bytes(run.model), **history["memory"]},
+        "seconds": round(history["seconds"], 3),
+        "seconds_by_part": {name: round(seconds, 3) for name, seconds in history["seconds_by_part"].items()},
+        "images_per_second": run.clock.images_per_second(),
+        "warnings": run.log.warnings,
+        "skipped_steps": history.get("skipped", {}).get("steps", 0),
+        "versions": {"torch": torch.__version__, "lifequant": metadata_version(), "commit": commit()},
+    }
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Write model_best.pt and results.json, print the table."""
+    run.clock.stop()
+    run.clock.switch("logging")
+    results = assemble(run)
+    folder = Path(run.config.job_dir)
+    model = checkpoint.model_state(run.config, run.model, run.data.class_names)
+    for place in (folder, folder / "checkpoint"):
+        checkpoint.write(place / "model_best.pt", model)
+    if not run.config.val_fraction:
+        run.log.say("model_best.pt is the last epoch's model: without --val_fraction no epoch is chosen")
+    run.log.summary(results)
+    most = [(c["codes"], c["bits"], name) for name, c in results["max_codes_per_tensor"].items()]
+    if most:
+        ok = sum(codes <= 2**bits for codes, bits, _ in most)
+        run.log.say(f"codes: {ok} of {len(most)} quantized tensors use at most 2^bits values")
+    run.log.say(table(results))
+    results["time_share"] = run.clock.time_share()
+    fault_injection.point("table")
+    run_folder.write_json(folder / "results.json", results)
+    return results
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """results.json of a finished run, None where there is none. Raises UserError for what no run wrote."""
+    try:
+        return schema.read(folder / "results.json", schema.TABLE)
+    except FileNotFoundError:
+        return None
+
+
+def metadata_version() -> str:
+    try:
+        return metadata.version("lifequant")
+    except metadata.PackageNotFoundError:  # a bare clone
+        return "not installed"
+
+
+def commit() -> str | None:
+    """The clone's commit, "+" behind it where files differ from it; None in an installed wheel."""
+    if TOP is None:
+        return None
+    try:
+        words = ["git", "-C", str(TOP), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,114 @@
+"""What a run refuses, and what it warns of."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from lifequant.common.errors import UserError
+from lifequant.qat.layers import fake_quants
+from lifequant.quantizers.base import STEP_FLOOR
+from lifequant.training.diagnosis import diagnose_evaluation
+
+if TYPE_CHECKING:
+    from lifequant.training.run import Run
+
+MUCH_BOUNDED = 0.05  # of the updates of a step size
+AT_CHANCE = 0.01  # an accuracy that chance gives more often than this is no proof of learning
+
+
+def refuse_divergence(run: Run, value: float, evaluated: bool = False) -> None:
+    """Raises UserError where a mean loss, or what a model says of test images, is not finite; see finite.py for steps."""
+    if not math.isfinite(value):
+        why = diagnose_evaluation(run) if evaluated else "the mean loss is not finite"
+        raise UserError(
+            f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.place]}, step {run.step}: "
+            f"{why}. No step can be left out for it; begin anew with a smaller --lr, --ll_lambda or --step_lr"
+        )
+
+
+def warn_of(run: Run, place: int) -> None:
+    """Warn at a task's end of what its numbers say of the run; of each thing once a run, however it goes on.
+
+    Held down: the newest task, judged among its own classes, is learnt less well than 0.8 times the first was. (Overall
+    accuracy would not do: it falls as the classes of former tasks compete.)
+    """
+    now, masked = run.history["training"][-1], run.history["top1_masked"]
+    remedy = f"a smaller --ll_lambda than {run.config.ll_lambda:g} may do better"
+    if now["penalty"] > now["task_loss"]:
+        once(
+            run,
+            f"task {place}: ",
+            "the penalty is larger than the task loss",
+            f" ({now['penalty']:.3g}, {now['task_loss']:.3g}): {remedy}",
+        )
+    elif run.guard.holds_down and place > 0 and masked[place][place] < 0.8 * masked[0][0]:
+        once(
+            run,
+            f"task {place} is learnt to {masked[place][place]:.1f} % (task-masked) where the first was to {masked[0][0]:.1f} %: ",
+            "the penalty holds it down, or it is harder",
+            f"; {remedy}",
+        )
+    _warn_of_chance(run, place)
+    for name, updates in run.steps.most_bounded().items():
+        if updates > MUCH_BOUNDED * run.step:
+            once(
+                run,
+                f"task {place}: ",
+                f"the step size of {name} would have changed by more than a tenth",
+                f" at {updates} of {run.step} updates, and was held to that: a smaller --lr or --step_lr may do better",
+            )
+    for name, quant in fake_quants(run.model):
+        if quant.step().min().item() <= STEP_FLOOR:
+            once(
+                run,
+                f"task {place}: ",
+                f"the step size of {name} is at its floor",
+                ": this layer has stopped quantizing sensibly; a smaller --lr or --step_lr may do better",
+            )
+
+
+def warn_of_one_code(run: Run, layer: str) -> None:
+    """Warn of a layer whose weights have all become one value, so that it computes the same of every channel."""
+    once(
+        run,
+        f"task {run.data.ids[run.place]}: ",
+        f"all weights of {layer} have one code",
+        ": it can tell nothing apart; a smaller --lr or --step_lr, or more bits for it (--layer_bits) may do better",
+    )
+
+
+def _warn_of_chance(run: Run, place: int) -> None:
+    """The newest task, judged among its own classes, is no better than to say its most frequent class of every test image.
+
+    "No better": so many hits or more come about by chance in more than AT_CHANCE of cases (binomial, one-sided).
+    """
+    labels = run.data.test.labels[torch.tensor(run.data.test_rows[place])].cpu()
+    accuracy, images = run.history["top1_masked"][-1][place], len(labels)
+    chance = labels.bincount().max().item() / images
+    if chance < 1 and chance_of(round(accuracy * images / 100), images, chance) > AT_CHANCE:
+        once(
+            run,
+            f"task {run.data.ids[place]}: ",
+            "its accuracy is at chance",
+            f": {accuracy:.1f} % among its own classes, where {100 * chance:.1f} % are of one class ({images} test images): "
+            "more --num_epochs or another --lr may do better",
+        )
+
+
+def chance_of(hits: int, images: int, rate: float) -> float:
+    """The probability of ``hits`` or more of ``images``, each a hit at ``rate`` in (0, 1): the binomial's upper tail."""
+    whole = math.lgamma(images + 1)
+    logs = (
+        whole - math.lgamma(k + 1) - math.lgamma(images - k + 1) + k * math.log(rate) + (images - k) * math.log1p(-rate)
+        for k in range(hits, images + 1)
+    )
+    return math.fsum(math.exp(value) for value in logs)
+
+
+def once(run: Run, begin: str, what: str, rest: str) -> None:
+    """Warn by ``begin + what + rest``, unless ``what`` was warned of before, at another task and with other numbers."""
+    if not any(what in warning for warning in run.log.warnings):
+        run.log.warn(begin + what + rest)

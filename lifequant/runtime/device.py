@@ -1,0 +1,94 @@
+"""Which device a run uses, and whether its step is compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lifequant.common.errors import UserError
+from lifequant.config import Config
+from lifequant.runtime.distributed import local_rank
+
+# A compilation takes about a minute. On two cores it then saves some 0.15 s a step; on a GPU, where a step is a hundred
+# launches of small kernels, some 10 ms (an estimate, not measured).
+COMPILE_FROM_STEPS = {"cpu": 400, "cuda": 4000}
+
+
+def pick_device(config: Config) -> torch.device:
+    """``auto``: the GPU of that index where there is one. Only ``cuda`` demands one; raises UserError."""
+    available = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise UserError(
+            "--device cuda: torch finds no CUDA GPU here: use --device auto or cpu, or install a CUDA build of torch"
+        )
+    index = config.gpus if local_rank() is None else local_rank()
+    if index >= torch.cuda.device_count():
+        raise UserError(f"GPU {index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """With ``wanted``, only algorithms that give the same bits again run inside; torch raises for what has none."""
+    if not wanted:
+        yield
+        return
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def wants_compile(
+    config: Config, device: torch.device, steps: int, say: Callable[[str], None], kept: bool | None = None
+) -> bool:
+    """Whether the step is compiled: --compile, where ``auto`` is a fixed rule of the device and the run's ``steps``.
+
+    ``kept``: what a resumed run had decided, which holds, since a compiled step and an eager one differ in the last digits.
+    Says what it chose, and why. Raises UserError where the step is to be compiled and can't be.
+    """
+    if device.type == "cpu":  # torch complains of a CUDA compiler without a CUDA GPU, which is no fault
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    lacking, least = _lacking(device), COMPILE_FROM_STEPS[device.type]
+    if kept is not None:
+        chosen, why = kept, "as the run began, by its checkpoint"
+    elif config.compile != "auto":
+        chosen, why = config.compile == "on", "as asked for"
+    elif lacking and steps >= least:
+        chosen, why = False, f"{lacking} is not there"
+    else:
+        chosen = steps >= least
+        why = f"{steps} steps on {device.type}, a compilation pays from {least} on"
+    if chosen and lacking:
+        way = "or begin the run anew" if kept else "or leave the flag out"
+        raise UserError(
+            f"--compile {config.compile}: the step is compiled ({why}), and {lacking} is not there: install it, {way}"
+        )
+    if config.compile == "auto":
+        say(f"--compile auto: {'on' if chosen else 'off'} ({why})")
+    return chosen
+
+
+def _lacking(device: torch.device) -> str:
+    """What torch.compile would need on this device and doesn't find; empty where it has all."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "triton"
+    return (
+        ""
+        if any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++", "c++", "cl")))
+        else "a C++ compiler"
+    )

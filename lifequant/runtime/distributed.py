@@ -1,0 +1,171 @@
+"""Data parallel training: ``torchrun --nproc_per_node N resnet-20-cifar-10/main.py ...``, gloo on the CPU, NCCL on GPUs.
+
+Every process runs the whole program on the same data in the same order, and of each batch trains on an equal part: batch
+size, sampler and augmentation are those of one process. After the backward pass gradients are averaged, before any
+lifelong method sees them, so that what a method gathers is that of the whole batch, and all processes stay the same.
+Importances, evaluation and the model at a task's end are computed by parts, or by all alike.
+
+The first process alone writes to job_dir and to the terminal; each other one has a scratch folder, so that nothing in the
+program needs to know who it is. Gradients are averaged here and not by DistributedDataParallel, since the loss is compiled
+as one function of the run, and is more than the network's forward.
+
+BatchNorm takes the statistics of all parts together on GPUs (torch's SyncBatchNorm); torch has none for the CPU, where each
+process normalises by its own part, and the running statistics are averaged at every step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lifequant.common.errors import UserError
+
+if TYPE_CHECKING:
+    from lifequant.config import Config
+    from lifequant.methods.base import Batch
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Processes that train together, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int | None:
+    """The process's number on this machine, None without torchrun."""
+    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, where torchrun started this one. Only the first goes on printing."""
+    if local_rank() is None or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (to the process's end)
+
+
+def check(config: Config, splits: bool, what: str) -> None:
+    """Raises UserError for a run that several processes can't share."""
+    processes = world_size()
+    if config.train_batch_size % processes:
+        raise UserError(
+            f"--train_batch_size {config.train_batch_size}: it can't be shared out evenly among {processes} processes"
+        )
+    if processes > 1 and not splits:
+        raise UserError(
+            f"{what}: its loss is no mean over images, so a batch can't be shared out: use one process instead of {processes}"
+        )
+
+
+def one_first(load: Callable[[], T]) -> T:
+    """``load()`` in the first process, which may write a cache, then in the others, which read it."""
+    if rank() > 0:
+        barrier()
+    found = load()
+    if rank() == 0:
+        barrier()
+    return found
+
+
+def barrier() -> None:
+    """Wait for all processes; nothing where there is one."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def follow(config: Config, scratch: str) -> Config:
+    """The config of a process that isn't the first: its files go to ``scratch``, what it goes on from is the first's."""
+    folder = Path(config.job_dir) / "checkpoint"
+    resume = config.resume
+    if resume and resume.lower() in ("true", "yes"):
+        resume = str(folder / "last.pt") if any((folder / n).is_file() for n in ("last.pt", "previous.pt")) else None
+    return replace(config, job_dir=str(Path(scratch) / "run"), resume=resume, reset=False)
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with BatchNorm over all processes' parts of a batch, where torch can: on GPUs."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world_size() > 1 and device.type == "cuda" else model
+
+
+def batch_size(size: int) -> int:
+    """The largest size up to ``size`` that can be shared out evenly; at least one image each."""
+    return max(size - size % world_size(), world_size())
+
+
+def share(batch: Batch) -> Batch:
+    """This process's part of a batch."""
+    if (processes := world_size()) == 1:
+        return batch
+    part = len(batch.y) // processes
+    here = slice(rank() * part, (rank() + 1) * part)
+    return type(batch)(*(value if value is None else value[here] for value in batch))
+
+
+def average_gradients(model: nn.Module) -> None:
+    """All gradients, and BatchNorm's running statistics, become the mean over processes, as one message."""
+    if (processes := world_size()) == 1:
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    values = [p.grad for p in model.parameters() if p.grad is not None]
+    values += [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
+    with torch.no_grad():
+        flat = torch.cat([value.flatten() for value in values])
+        dist.all_reduce(flat)
+        parts = (flat / processes).split([value.numel() for value in values])
+        torch._foreach_copy_(values, [part.view_as(value) for part, value in zip(parts, values, strict=True)])
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def mine(place: int) -> bool:
+    """Whether the part at ``place`` of some work is this process's."""
+    return place % world_size() == rank()
+
+
+def own(parts: Sequence[T]) -> list[tuple[int, T]]:
+    """(place, part) of those parts of some work that are this process's."""
+    return [(place, part) for place, part in enumerate(parts) if mine(place)]
+
+
+def gathered(found: dict[int, Tensor], device: torch.device) -> Tensor:
+    """All processes' parts [n, C] in the order of their places, in one tensor; each process gives its ``own``."""
+    if world_size() == 1:
+        return torch.cat(list(found.values()))
+    everyone: list[dict[int, Tensor]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(everyone, {place: part.cpu() for place, part in found.items()})
+    parts = {place: part for process in everyone for place, part in process.items()}
+    return torch.cat([parts[place] for place in sorted(parts)]).to(device)
+
+
+def check_agreement(model: nn.Module) -> None:
+    """Raises RuntimeError where a process's model is not the first one's, bit for bit."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([value.detach().flatten().double() for value in model.state_dict().values()])
+    first = flat.clone()
+    dist.broadcast(first, 0)
+    if not torch.equal(first, flat):
+        raise RuntimeError(f"process {rank()} has another model than the first: their training has come apart")

@@ -1,0 +1,72 @@
+"""Where a run begins: a random model, a source model, or another run's state."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.common.errors import UserError
+from lifequant.config import Config
+from lifequant.evaluation.evaluate import evaluate
+from lifequant.qat.layers import calibrate
+
+if TYPE_CHECKING:
+    from lifequant.training.run import Run
+
+CALIBRATION_IMAGES = 256
+
+
+def prepare(run: Run) -> None:
+    """A new run's model: source or random, steps from data; a forked run's state."""
+    config, data = run.config, run.data
+    first = data.task(0, config, run.method)
+    x, _ = first.batch(first.new[torch.linspace(0, len(first.new) - 1, CALIBRATION_IMAGES).long().unique()])
+    calibrate(run.model, x)
+    if not run.method.joint and run.num_tasks > 1:
+        with run.clock.within("evaluation"):
+            run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
+    if config.pretrained:
+        path = find_source(config)
+        if not checkpoint.load_source(path, config, run.model, data.num_classes):
+            run.log.say(
+                f"source {path}: converted to {config.bitW}-bit weights and {config.abitW}-bit activations ({config.quantizer})"
+            )
+            calibrate(run.model, x)
+    if config.start_task:
+        state = run_folder.fork(config, run.data_key)
+        former = state["config"]
+        path = Path(config.from_run)
+        own = {name for name in config.options if name.startswith(config.method + "_")}
+        same = all(
+            former.get(name) == value for name, value in config.asdict().items() if name in {"method", "penalty"} | own
+        )
+        if not same:  # until here they agree; the method's own state is made from the former task, as at its end
+            task = data.task(config.start_task - 1, config, run.method)
+            for hook in run.hooks:
+                hook.begin_task(run.model, data.task(0, config, run.method))
+            checkpoint.load_strictly(path, run.model, state["model"])
+            for hook in run.hooks:
+                hook.end_task(run.model, task)
+            state["method"] = run.method.state_dict()
+            state["penalty"] = None if run.guard is run.method else run.guard.state_dict()
+        run.load(state, path)
+        run.log.say(f"begun at task {data.ids[run.place]} with the state of {config.from_run}")
+
+
+def find_source(config: Config) -> Path:
+    """The source model's file. Raises UserError with the command that makes it."""
+    path = Path(config.source_dir) / config.source_file
+    found = checkpoint.find_model(path)
+    if found is None:
+        folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
+        words = ["python", "main.py", "--csv_dir", config.csv_dir]
+        for name in ("data_dir", "dataset", "num_classes", "image_size", "target_model", "shortcut"):
+            if (value := getattr(config, name)) != getattr(Config, name):
+                words += [f"--{name}", str(value)]
+        words += ["--method", "original", "--bitW", "32", "--num_tasks", "1", "--job_dir", str(folder)]
+        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {shlex.join(words)}")
+    return found
