@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from lifequant.common.arguments import one_line, run_main
+from lifequant.common.arguments import run_main
+from lifequant.common.errors import one_line
 from lifequant.runtime import preemption
 
 

@@ -20,23 +20,25 @@ from tqdm import tqdm
 from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
+from lifequant.common.seeding import generator
 from lifequant.config import Config
 from lifequant.data.augment import normalise
 from lifequant.data.dataset import load_dataset
 from lifequant.data.image_storage import send
 from lifequant.data.replay import epoch_order
+from lifequant.data.task import Batch, Task
 from lifequant.evaluation.evaluate import validation_top1
-from lifequant.methods.base import Batch, Task
-from lifequant.qat.oscillations import reestimate_bn
+from lifequant.qat.batchnorm import reestimate_bn
 from lifequant.results import results
+from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
 from lifequant.runtime.device import deterministic, pick_device, wants_compile
-from lifequant.runtime.log import Log, table
+from lifequant.runtime.log import Log
 from lifequant.training import initialize
 from lifequant.training.ema import WeightAverage
 from lifequant.training.head import train_head
 from lifequant.training.nonfinite import leave_out
-from lifequant.training.run import Run, generator
+from lifequant.training.run import Run
 from lifequant.training.schedule import lr_factor
 
 ALONE = (

@@ -21,7 +21,7 @@ import torch
 from lifequant import options, train
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.data.dataset import DataSet, Store
-from lifequant.methods.base import Task
+from lifequant.data.task import Task
 from lifequant.training import initialize
 
 CLASSES = 10

@@ -13,7 +13,7 @@ from compare import MEMORY, mean_shift
 
 from lifequant.common.errors import UserError
 from lifequant.config import free_names
-from lifequant.runtime.log import not_b_bit
+from lifequant.results.table import not_b_bit
 
 IGNORED = frozenset({"seed", "start_task"})  # a run forked at task 1 is the same, bit for bit, as one run alone
 LEVEL = 0.05  # two-sided

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
-from lifequant.common.arguments import Parser, one_line, run_main, whole
-from lifequant.common.errors import UserError
+from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.errors import UserError, one_line
 
 WORKER = Path(_contenders.__file__)
 QUICK = {"rows": ",".join(_contenders.QUICK), "rounds": 3, "steps": 4}

@@ -11,8 +11,9 @@ from typing import Any
 
 from _results import read_all
 
-from lifequant.common.arguments import Parser, one_line, run_main
-from lifequant.runtime.log import not_b_bit
+from lifequant.common.arguments import Parser, run_main
+from lifequant.common.errors import one_line
+from lifequant.results.table import not_b_bit
 
 MEMORY = ("packed_model", "replay", "importance", "reference")  # the rest is "other"
 LEGEND = """\

@@ -29,8 +29,8 @@ from _mutations import mutated, mutated_csv, mutated_json
 from PIL import Image
 
 from lifequant import options
-from lifequant.common.arguments import Parser, one_line, real, run_main, whole
-from lifequant.common.errors import UserError
+from lifequant.common.arguments import Parser, real, run_main, whole
+from lifequant.common.errors import UserError, one_line
 from lifequant.data import dataset
 from lifequant.data.decode import decode, quiet
 

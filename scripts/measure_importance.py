@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lifequant import options
 from lifequant.checkpointing import checkpoint
 from lifequant.methods import importance
-from lifequant.qat.layers import calibrate
+from lifequant.qat.calibration import calibrate
 
 TOLERANCE = 1e-9
 

@@ -29,10 +29,10 @@ from PIL import Image
 from lifequant import options, registry, train
 from lifequant.common.arguments import Parser, run_main, whole
 from lifequant.common.errors import UserError
+from lifequant.common.seeding import generator
 from lifequant.data import dataset
 from lifequant.data.replay import epoch_order
 from lifequant.data.task_csv import csv_text
-from lifequant.training.run import generator
 
 DISTINCT = 20  # pictures
 FIELDS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from _results import read_all
 
-from lifequant.common.arguments import Parser, one_line, run_main
-from lifequant.common.errors import UserError
+from lifequant.common.arguments import Parser, run_main
+from lifequant.common.errors import UserError, one_line
 
 
 def main(argv: Sequence[str]) -> None:

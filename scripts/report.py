@@ -22,8 +22,8 @@ from _results import NEEDED
 from _rows import Run, errors_that_fell, group, shift_and_forgetting, tables
 from _tables import LEGEND, code, csv_text, latex, markdown
 
-from lifequant.common.arguments import Parser, one_line, run_main
-from lifequant.common.errors import UserError, closest
+from lifequant.common.arguments import Parser, run_main
+from lifequant.common.errors import UserError, closest, one_line
 from lifequant.results import schema
 
 NUMBERS = ("seed", "bitW", "abitW", "num_epochs", "train_batch_size", "image_size")

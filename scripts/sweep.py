@@ -30,7 +30,8 @@ import _grid
 import _shown
 from tqdm import tqdm
 
-from lifequant.common.arguments import Parser, one_line, run_main, whole
+from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.errors import one_line
 
 MAIN = Path(__file__).resolve().parents[1] / "resnet-20-cifar-10" / "main.py"
 LOG = f"sweep{os.getpid()}.log"  # what a run said to this sweep, in its folder

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lifequant.common.arguments import one_line
-from lifequant.common.errors import UserError
+from lifequant.common.errors import UserError, one_line
 
 
 def refused(work, *words: str) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.qat.layers import Scheme, calibrate
+from lifequant.qat.calibration import calibrate
+from lifequant.qat.layers import Scheme
 
 
 class SmallNet(nn.Module):

@@ -11,8 +11,10 @@ from small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import options, registry
-from lifequant.methods.base import Batch, LifelongMethod, Task
-from lifequant.qat.layers import Scheme, calibrate
+from lifequant.data.task import Batch, Task
+from lifequant.methods.base import LifelongMethod
+from lifequant.qat.calibration import calibrate
+from lifequant.qat.layers import Scheme
 
 CLASSES, SIZE = 5, 8
 

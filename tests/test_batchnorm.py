@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lifequant import options
 from lifequant.data.augment import MEAN, STD
-from lifequant.methods.base import Task
-from lifequant.qat.oscillations import reestimate_bn
+from lifequant.data.task import Task
+from lifequant.qat.batchnorm import reestimate_bn
 from lifequant.train import finish_training
 
 

@@ -370,7 +370,7 @@ def test_steps_against_a_pass_by_hand():
 
 def test_one_batch_as_in_the_training_code():
     """The same steps as calibrate() of the layers gives our own networks."""
-    from lifequant.qat.layers import calibrate as of_layers
+    from lifequant.qat.calibration import calibrate as of_layers
 
     torch.manual_seed(0)
     family = registry.quantizer("lsq")

@@ -20,8 +20,8 @@ from lifequant.data import dataset, image_cache
 from lifequant.data.augment import MEAN, STD, crop_and_flip, normalise
 from lifequant.data.create.tasks import main_tasks
 from lifequant.data.replay import stored_rows
+from lifequant.data.task import Task
 from lifequant.data.task_csv import csv_text, read_rows
-from lifequant.methods.base import Task
 
 
 @pytest.fixture

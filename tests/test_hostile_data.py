@@ -24,8 +24,8 @@ from tiny import SIDE, arguments, settings, write_csvs, write_images
 
 from lifequant import options
 from lifequant.__main__ import train as command
-from lifequant.common.arguments import one_line, run_main
-from lifequant.common.errors import UserError
+from lifequant.common.arguments import run_main
+from lifequant.common.errors import UserError, one_line
 from lifequant.common.safe_files import MOST_CLASSES, stats_inside
 from lifequant.data import dataset, dataset_json, image_cache
 from lifequant.data.task_csv import csv_text, leaves_root, read_rows

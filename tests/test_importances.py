@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from small_tasks import CLASSES, gradient, make, make_task, move, network, play, steps, weights_of
 from torch import Tensor, nn
 
-from lifequant.methods.base import Batch, LifelongMethod, Task, user_task
+from lifequant.data.task import Batch, Task, user_task
+from lifequant.methods.base import LifelongMethod
 from lifequant.methods.importance import flat
 
 

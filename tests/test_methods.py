@@ -26,8 +26,8 @@ from small_tasks import (
 )
 
 from lifequant import registry
+from lifequant.data.task import Batch, user_task
 from lifequant.losses import LOSSES, distillation
-from lifequant.methods.base import Batch, user_task
 from lifequant.methods.importance import protected
 from lifequant.qat.layers import fake_quants
 

@@ -11,7 +11,8 @@ from lifequant import registry
 from lifequant.data.dataset import DataSet, Store
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
-from lifequant.qat.layers import QuantConv2d, QuantLinear, calibrate
+from lifequant.qat.calibration import calibrate
+from lifequant.qat.layers import QuantConv2d, QuantLinear
 
 # Task 1 is best one task after it was learnt; task 2 was never learnt.
 R = [[80.0, 10, 5], [60, 70, 5], [50, 75, 0]]

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lifequant import options, registry
 from lifequant.checkpointing import checkpoint
-from lifequant.qat.code_usage import code_counts, packed_model_bytes
-from lifequant.qat.layers import calibrate, fake_quants
+from lifequant.qat.calibration import calibrate
+from lifequant.qat.code_usage import code_counts
+from lifequant.qat.layers import fake_quants
+from lifequant.qat.packing import packed_model_bytes
 
 
 def network(classes: int = 10, **settings) -> nn.Module:

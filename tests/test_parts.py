@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lifequant import registry
 from lifequant.data.dataset import DataSet, Store
+from lifequant.data.task import Task
 from lifequant.evaluation.nearest_mean import class_means, features, nme_accuracy, nme_hits, nme_predict
-from lifequant.methods.base import Task
+from lifequant.qat.batchnorm import reestimate_bn
 from lifequant.qat.layers import QuantLinear, weight_layers
-from lifequant.qat.oscillations import reestimate_bn
 from lifequant.training.ema import WeightAverage
 from lifequant.training.head import balanced_order, train_head
 

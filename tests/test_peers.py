@@ -23,7 +23,7 @@ from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_te
 from avalanche.training import LearningWithoutForgetting
 from avalanche.training.plugins import EWCPlugin, MASPlugin, SynapticIntelligencePlugin
 
-from lifequant.methods.base import Batch, Task, user_task
+from lifequant.data.task import Batch, Task, user_task
 from lifequant.methods.importance import flat
 
 WITHIN = 1e-5

@@ -14,10 +14,12 @@ from small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.methods.base import LifelongMethod, Task
+from lifequant.data.task import Task
+from lifequant.methods.base import LifelongMethod
 from lifequant.methods.importance import at_quantized_weights, conv_weights, per_batch, per_sample
 from lifequant.penalties.base import PENALTIES
-from lifequant.qat.layers import Scheme, calibrate, quantized_weights
+from lifequant.qat.calibration import calibrate
+from lifequant.qat.layers import Scheme, quantized_weights
 
 CONVS = ("conv1", "conv2")
 ANCHORED = [name for name in PENALTIES if name != "proxq_function"]  # those that hold weights

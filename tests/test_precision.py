@@ -13,7 +13,8 @@ from tiny import Tiny, train
 from lifequant import registry
 from lifequant import train as training
 from lifequant.penalties.base import packed
-from lifequant.qat.layers import QuantConv2d, QuantReLU, Scheme, calibrate
+from lifequant.qat.calibration import calibrate
+from lifequant.qat.layers import QuantConv2d, QuantReLU, Scheme
 
 LINEAR = {"lsq", "lsqplus", "llsq", "proxq"}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -15,7 +15,8 @@ from torch.func import functional_call, grad, vmap
 from lifequant import registry
 from lifequant.losses import LOSSES
 from lifequant.penalties.base import PENALTIES
-from lifequant.qat.layers import Scheme, calibrate, quantized_weights
+from lifequant.qat.calibration import calibrate
+from lifequant.qat.layers import Scheme, quantized_weights
 
 NAMES = registry.names("quantizer")
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
+from lifequant.qat.calibration import calibrate
 from lifequant.qat.code_usage import code_counts
-from lifequant.qat.layers import Scheme, calibrate
+from lifequant.qat.layers import Scheme
 from lifequant.quantizers.apot import powers_of_two
 from lifequant.quantizers.proxq import BEST_C
 

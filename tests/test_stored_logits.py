@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from small_tasks import CLASSES, SIZE, batch_of, make, make_task, move, network
 
-from lifequant.methods.base import Batch, Task, user_task
+from lifequant.data.task import Batch, Task, user_task
 from lifequant.penalties.base import PENALTIES
 
 

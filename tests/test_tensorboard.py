@@ -12,7 +12,8 @@ from tiny import arguments, settings, train
 
 from lifequant.__main__ import train as command
 from lifequant.results import results
-from lifequant.runtime.log import matrix_picture, table
+from lifequant.results.table import table
+from lifequant.runtime.tensorboard import matrix_picture
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

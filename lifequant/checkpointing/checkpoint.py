@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lifequant import registry
 from lifequant.checkpointing import checked
 from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
 from lifequant.common.files import sync_folder
 from lifequant.config import Config
 from lifequant.data.augment import MEAN, STD
-from lifequant.qat.layers import Scheme, set_layer_bits
 
 SCHEMA = 2
 LAST, PREVIOUS = "last.pt", "previous.pt"
@@ -133,29 +131,6 @@ def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str,
     if checksum is None:
         raise UserError(f"{path}: it has lost its checksum, so it is broken")
     return checked.content(state, path)
-
-
-def build(config: Config, num_classes: int) -> nn.Module:
-    """The quantized network of a config, randomly initialised from its seed alone."""
-    scheme = make_scheme(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = registry.model(config.target_model)(num_classes, scheme, config.shortcut)
-    set_layer_bits(model, scheme, config.bits_of_layers())
-    return model.to(memory_format=torch.channels_last)
-
-
-def make_scheme(config: Config) -> Scheme:
-    """Weights and activations may have different quantizers."""
-    activations = config.act_quantizer or config.quantizer
-    return Scheme(
-        weights=registry.quantizer(config.quantizer, **config.option(config.quantizer)),
-        activations=registry.quantizer(activations, **config.option(activations)),
-        weight_bits=config.bitW,
-        act_bits=config.abitW,
-        edge_bits=config.first_last_bits,
-        per_channel=config.per_channel,
-    )
 
 
 def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dict[str, Any]:

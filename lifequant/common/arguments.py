@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from lifequant.common.errors import UserError, closest
+from lifequant.common.errors import UserError, closest, one_line
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
@@ -95,11 +95,6 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
     _let_the_first_speak()
     print(f"lifequant: error: {one_line(message)}", file=sys.stderr)
     return 2
-
-
-def one_line(text: object) -> str:
-    """``text`` on one line that is safe to print: control characters and what isn't UTF-8 become escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def boolean(text: str) -> bool:

@@ -8,8 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
-from lifequant.common.arguments import one_line
-from lifequant.common.errors import UserError
+from lifequant.common.errors import UserError, one_line
 
 _PARENT = Path(__file__).resolve().parents[2]
 TOP = _PARENT if (_PARENT / "pyproject.toml").is_file() else None  # top of the clone; None in an installed wheel

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lifequant.common.arguments import one_line
+from lifequant.common.errors import one_line
 
 try:
     import fcntl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,8 +23,9 @@ from lifequant.data.image_cache import default_cache_dir, load_images
 from lifequant.data.image_storage import choose_place
 from lifequant.data.replay import stored_rows
 from lifequant.data.split import long_tail, lowest, share_of_each
+from lifequant.data.task import Task
 from lifequant.data.task_csv import Rows, csv_name, leaves_root, prefixes, read_rows, task_numbers
-from lifequant.methods.base import LifelongMethod, Task
+from lifequant.methods.base import LifelongMethod
 
 
 @dataclass
@@ -295,3 +298,9 @@ def _checked_images(root: Path, paths: list[str], prefix: str) -> dict[str, os.s
             f"or make them: {command}"
         )
     return stats
+
+
+def data_key(data: DataSet) -> list[str]:
+    """Two hashes: of the images' names and labels and of the tasks; of the replay CSVs, which task 0 does not need."""
+    tasks = (data.class_names, data.train.paths, data.train.labels.tolist(), data.new, data.test.paths, data.test_rows)
+    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (tasks, data.replay_csv)]

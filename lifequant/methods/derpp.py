@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lifequant.common.arguments import real
-from lifequant.methods.base import Batch, LifelongMethod, Task
+from lifequant.data.task import Batch, Task
+from lifequant.methods.base import LifelongMethod
 from lifequant.methods.stored_logits import StoredLogits
 from lifequant.registry import register
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lifequant.data.task import Batch, Task
 from lifequant.losses import only
-from lifequant.methods.base import Batch, LifelongMethod, Task
+from lifequant.methods.base import LifelongMethod
 from lifequant.registry import register
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant.methods.base import Task
+from lifequant.data.task import Task
 from lifequant.methods.importance import flat, image_means, protected
 from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lifequant.qat.layers import QuantConv2d, fake_quants, weight_layers
+from lifequant.qat.modes import evaluating
 from lifequant.runtime import distributed
 
 CHUNK = 32  # images whose gradients are held at a time
@@ -43,18 +43,6 @@ def protected(model: nn.Module) -> dict[str, nn.Parameter]:
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """All values in one new vector, in the tensors' order."""
     return torch.cat([t.reshape(-1) for t in tensors])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def image_means(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.arguments import real
+from lifequant.data.task import Batch, Task
 from lifequant.losses import distillation
-from lifequant.methods.base import Batch, LifelongMethod, Task
+from lifequant.methods.base import LifelongMethod
 from lifequant.registry import register
 
 

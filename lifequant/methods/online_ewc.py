@@ -7,7 +7,7 @@ import argparse
 from torch import Tensor, nn
 
 from lifequant.common.arguments import real
-from lifequant.methods.base import Task
+from lifequant.data.task import Task
 from lifequant.methods.ewc import fisher
 from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register

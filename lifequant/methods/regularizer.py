@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.arguments import whole
-from lifequant.methods.base import LifelongMethod, Task
+from lifequant.data.task import Task
+from lifequant.methods.base import LifelongMethod
 from lifequant.methods.importance import Batches, flat, protected
 
 

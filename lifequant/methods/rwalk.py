@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.arguments import real, whole
-from lifequant.methods.base import Task
+from lifequant.data.task import Task
 from lifequant.methods.importance import flat, protected
 from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.arguments import whole
-from lifequant.methods.base import Task
+from lifequant.data.task import Task
 from lifequant.methods.importance import sliced
 from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.arguments import real
-from lifequant.methods.base import Task
+from lifequant.data.task import Task
 from lifequant.methods.importance import flat, protected
 from lifequant.methods.regularizer import Regulariser
 from lifequant.registry import register

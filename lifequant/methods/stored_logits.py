@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.methods.base import Batch, Task
-from lifequant.methods.importance import evaluating
+from lifequant.data.task import Batch, Task
+from lifequant.qat.modes import evaluating
 
 
 class StoredLogits:

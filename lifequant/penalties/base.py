@@ -11,18 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.methods.base import Batch, LifelongMethod, Task
-from lifequant.methods.importance import (
-    CHUNK,
-    at_quantized_weights,
-    conv_weights,
-    evaluating,
-    per_batch,
-    per_sample,
-    protected,
-)
+from lifequant.data.task import Batch, Task
+from lifequant.methods.base import LifelongMethod
+from lifequant.methods.importance import CHUNK, at_quantized_weights, conv_weights, per_batch, per_sample, protected
 from lifequant.methods.stored_logits import StoredLogits
-from lifequant.qat.layers import QuantConv2d, QuantLinear, packed_bytes, weight_layers
+from lifequant.qat.layers import QuantConv2d, QuantLinear, weight_layers
+from lifequant.qat.modes import evaluating
+from lifequant.qat.packing import packed_bytes
 from lifequant.quantizers.base import FakeQuant
 
 

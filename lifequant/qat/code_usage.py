@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
-from lifequant.qat.layers import packed_bytes, watching_activations, weight_layers
+from lifequant.qat.calibration import watching_activations
+from lifequant.qat.layers import weight_layers
 from lifequant.quantizers.base import FakeQuant
 
 
@@ -32,14 +31,3 @@ def code_counts(model: nn.Module, x: Tensor) -> dict[str, tuple[FakeQuant, int, 
         model(x)
     model.train(training)
     return counts
-
-
-def packed_model_bytes(model: nn.Module) -> int:
-    """Weights at their bit-width; all else (BatchNorm, biases, steps) as float32."""
-    layers = [layer for _, layer in weight_layers(model)]
-    inside = {id(layer.weight) for layer in layers} | {
-        id(p) for layer in layers for p in layer.weight_quant.parameters()
-    }
-    rest: Iterable[Tensor] = [p for p in model.parameters() if id(p) not in inside]
-    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    return sum(packed_bytes(layer) for layer in layers) + 4 * sum(t.numel() for t in [*rest, *buffers])

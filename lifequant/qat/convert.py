@@ -23,20 +23,10 @@ from torch import Tensor, nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
+from lifequant.qat.calibration import calibrate_one, calibrate_weights, watching_activations
 from lifequant.qat.convert_report import Quantization, note, report, why_left
-from lifequant.qat.layers import (
-    QuantConv2d,
-    QuantLinear,
-    QuantReLU,
-    Scheme,
-    calibrate_one,
-    calibrate_weights,
-    check_bits,
-    fake_quants,
-    set_layer_bits,
-    trial,
-    watching_activations,
-)
+from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, check_bits, fake_quants, set_layer_bits
+from lifequant.qat.modes import trial
 from lifequant.quantizers.base import FakeQuant, Quantizer, sample
 
 BATCHES = 8  # that calibrate() reads

@@ -181,18 +181,6 @@ def check_bits(bits: int, what: str) -> None:
         raise UserError(f"{what}: {bits!r} bits are not offered (known: {', '.join(map(str, BIT_WIDTHS))})")
 
 
-def packed_bytes(layer: QuantConv2d | QuantLinear) -> int:
-    """Bytes of the layer's weights at their bit-width, or at that which their codes need, the steps (float32) included."""
-    quant = layer.weight_quant
-    if not isinstance(quant, FakeQuant):
-        return 4 * layer.weight.numel()
-    bits = quant.bits
-    if quant.exceeds_bits:
-        codes = quant.codes(layer.weight)
-        bits = int(codes.max() - codes.min()).bit_length()
-    return -(-layer.weight.numel() * bits // 8) + 4 * quant.step().numel()
-
-
 @torch.no_grad()
 def quantized_weights(model: nn.Module) -> dict[str, Tensor]:
     """{layer: the weights that the network computes with}, float32."""
@@ -210,67 +198,3 @@ def no_rounding(model: nn.Module) -> Iterator[None]:
     finally:
         for quant in quants:
             quant.rounding = True
-
-
-@contextmanager
-def watching_activations(model: nn.Module, watch) -> Iterator[None]:
-    """Inside, ``watch(name, quantizer, input)`` runs before every activation quantizer's forward."""
-    handles = []
-    for name, quant in fake_quants(model):
-        if not name.endswith("weight_quant"):
-            handles.append(
-                quant.register_forward_pre_hook(lambda module, args, name=name: watch(name, module, args[0]))
-            )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, x: Tensor) -> None:
-    """Set every step from the weights and one batch ``x``, layer after layer; BatchNorm uses the batch, keeps its state."""
-    calibrate_weights(model)
-    with trial(model), watching_activations(model, lambda name, quant, value: calibrate_one(quant, value)):
-        model(x)
-
-
-@torch.no_grad()
-def calibrate_weights(model: nn.Module) -> None:
-    """Set the steps of all weights."""
-    for _, layer in weight_layers(model):
-        if isinstance(layer.weight_quant, FakeQuant):
-            calibrate_one(layer.weight_quant, layer.weight)
-
-
-def calibrate_one(quant: FakeQuant, x: Tensor) -> None:
-    """Set one quantizer's step from ``x`` and note that it has been set."""
-    quant.calibrate(x)
-    quant.calibrated = True
-
-
-@contextmanager
-def trial(model: nn.Module, train: bool = True) -> Iterator[None]:
-    """Inside, the model is in train mode (or as it is) without dropout; afterwards modes and buffers are as before.
-
-    A model in train mode keeps the mode of each of its modules, so that a frozen BatchNorm is one here, too. The buffers
-    of quantizers alone stay as they are then, for a calibration sets them.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    own = {id(buffer) for _, quant in fake_quants(model) for buffer in quant.buffers()}
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if id(buffer) not in own}
-    if train and not model.training:
-        model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in kept:
-                    buffer.copy_(kept[name])
-        for module, training in modes:
-            module.training = training

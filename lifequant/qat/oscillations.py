@@ -4,7 +4,6 @@ counted and frozen (Nagel et al., "Overcoming Oscillations in Quantization-Aware
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,47 +16,6 @@ MOMENTUM = 0.01  # of both moving averages, as in Nagel et al. 2022
 OSCILLATES = 0.005  # a weight with a higher frequency is counted as oscillating (the same)
 MOST_FROZEN = 0.5  # of the weights, and of the variance, of what has codes by its own statistics
 PASSES = 4  # of writing where statistics move with it; each moves them by at most about half of the one before
-
-
-@torch.no_grad()
-def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Replace every BatchNorm's running statistics by the plain average over ``batches``; returns how many there were.
-
-    ``batches`` are inputs of the model, float32 [N, 3, H, W]. A batch adds its mean and its unbiased variance, as torch's
-    own running statistics do; batches count alike, whatever their size, so give equal ones. Only BatchNorm is in train
-    mode meanwhile. Nothing else of the model changes, and nothing is kept. While weights oscillate, running averages lag
-    behind the last weights, the more the fewer the bits (Nagel et al. 2022). Raises ValueError for no batch,
-    and then, or if the model raises, the statistics are as before.
-    """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    flags = [(m, m.training) for m in model.modules()]
-    kept = [(m, m.momentum, [b.clone() for b in m.buffers(recurse=False)]) for m in norms]
-    count = 0
-    done = False
-    model.eval()
-    try:
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-        for batch in batches:
-            count += 1
-            for norm in norms:  # the cumulative average; torch's own, momentum=None, reads a tensor in each layer
-                norm.momentum = 1 / count
-            model(batch)
-        if not count:
-            raise ValueError("reestimate_bn: no batch to take the statistics from")
-        done = True
-    finally:
-        for norm, momentum, buffers in kept:
-            norm.momentum = momentum
-            for buffer, former in zip(norm.buffers(recurse=False), buffers, strict=True):
-                if not done or not buffer.is_floating_point():  # num_batches_tracked goes on counting training steps
-                    buffer.copy_(former)
-        for module, training in flags:
-            module.training = training
-    return count
 
 
 class Oscillations:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -15,16 +13,17 @@ from torch import Tensor
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
 from lifequant.common.files import TOP
-from lifequant.data.dataset import DataSet
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.evaluation.nearest_mean import nme_accuracy
-from lifequant.qat.code_usage import code_counts, packed_model_bytes
+from lifequant.qat.code_usage import code_counts
 from lifequant.qat.layers import fake_quants, quantized_weights, weight_layers
+from lifequant.qat.packing import packed_model_bytes
 from lifequant.quantizers.base import FakeQuant
 from lifequant.results import schema
 from lifequant.results.run_warnings import refuse_divergence, warn_of, warn_of_one_code
-from lifequant.runtime.log import table
+from lifequant.results.table import table
+from lifequant.training.history import means
 
 if TYPE_CHECKING:
     from lifequant.training.run import Run
@@ -39,54 +38,6 @@ TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
 }
 KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
-
-
-def new_history() -> dict[str, Any]:
-    """What grows as a run goes on; plain values, so that a checkpoint can hold it."""
-    rows: dict[str, Any] = {
-        name: []
-        for name in (
-            "top1",
-            "top5",
-            "top1_masked",
-            "top1_nme",
-            "quantization_error",
-            "tasks",
-            "training",
-            "oscillation",
-        )
-    }
-    times = {"seconds": 0.0, "timed_seconds": 0.0, "timed_images": 0, "seconds_by_part": {}}
-    return rows | times | {"baseline": None, "memory": {}}
-
-
-def data_key(data: DataSet) -> list[str]:
-    """Two hashes: of the images' names and labels and of the tasks; of the replay CSVs, which task 0 does not need."""
-    tasks = (data.class_names, data.train.paths, data.train.labels.tolist(), data.new, data.test.paths, data.test_rows)
-    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (tasks, data.replay_csv)]
-
-
-def step_sums(logits: Tensor, y: Tensor, task_loss: Tensor, penalty: Tensor) -> Tensor:
-    """float32 [5] on the device: task loss, penalty times lambda, top-1 and top-5 hits, images; losses times images."""
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
-    n = len(y)
-    return torch.stack(
-        [
-            task_loss * n,
-            penalty * n,
-            top[:, 0].sum().float(),
-            top.sum().float(),
-            torch.full((), float(n), device=y.device),
-        ]
-    )
-
-
-def means(sums: Tensor) -> dict[str, float]:
-    """The sums per image; a device synchronisation."""
-    task_loss, penalty, top1, top5, images = sums.tolist()
-    n = max(images, 1)
-    return {"loss": (task_loss + penalty) / n, "task_loss": task_loss / n, "penalty": penalty / n,
-            "top1": 100 * top1 / n, "top5": 100 * top5 / n}  # fmt: skip
 
 
 def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:

@@ -31,7 +31,7 @@ from lifequant.common.errors import UserError
 
 if TYPE_CHECKING:
     from lifequant.config import Config
-    from lifequant.methods.base import Batch
+    from lifequant.data.task import Batch
 
 T = TypeVar("T")
 

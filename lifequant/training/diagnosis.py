@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lifequant.data.augment import normalise
 from lifequant.data.image_storage import take
 from lifequant.losses import distillation
-from lifequant.qat.layers import no_rounding, trial
+from lifequant.qat.layers import no_rounding
+from lifequant.qat.modes import trial
 
 if TYPE_CHECKING:
-    from lifequant.methods.base import Batch
+    from lifequant.data.task import Batch
     from lifequant.training.run import Run
 
 

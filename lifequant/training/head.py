@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifequant.data.task import Task
 from lifequant.evaluation.nearest_mean import features, last_linear
-from lifequant.methods.base import Task
 
 MOMENTUM = 0.9
 

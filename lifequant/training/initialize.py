@@ -12,7 +12,7 @@ from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.evaluation.evaluate import evaluate
-from lifequant.qat.layers import calibrate
+from lifequant.qat.calibration import calibrate
 
 if TYPE_CHECKING:
     from lifequant.training.run import Run

@@ -27,7 +27,7 @@ from lifequant.training.diagnosis import diagnose
 
 if TYPE_CHECKING:
     from lifequant.config import Config
-    from lifequant.methods.base import Batch
+    from lifequant.data.task import Batch
     from lifequant.training.run import Run
 
 LIMIT = 1e18  # of a diverged run alone; its square is finite in float32, which ends at 3.4e38

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,8 +17,9 @@ from lifequant.checkpointing.async_writer import Writer
 from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.data.dataset import DataSet
+from lifequant.data.task import Batch, Task
 from lifequant.losses import distillation
-from lifequant.methods.base import Batch, LifelongMethod, Task
+from lifequant.methods.base import LifelongMethod
 from lifequant.penalties.base import PENALTIES
 from lifequant.qat.oscillations import Oscillations
 from lifequant.qat.scales import StepSizes, param_groups
@@ -29,12 +29,6 @@ from lifequant.runtime.log import Log
 from lifequant.training.ema import WeightAverage
 from lifequant.training.nonfinite import Watch
 from lifequant.training.timer import Clock
-
-
-def generator(*purpose: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on ``purpose`` alone."""
-    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 class Run:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lifequant import calibrate, options, quantize_model, registry
 from lifequant.data.replay import epoch_order
-from lifequant.methods.base import Batch, user_task
+from lifequant.data.task import Batch, user_task
 from lifequant.penalties.base import PENALTIES
 from lifequant.qat.scales import StepSizes, param_groups
 

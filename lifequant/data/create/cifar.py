@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lifequant.common.arguments import one_line
-from lifequant.common.errors import UserError
+from lifequant.common.errors import UserError, one_line
 
 LIMIT = 2**28  # bytes; the largest file of either archive has 155 million
 

@@ -9,7 +9,8 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from lifequant.common.arguments import Parser, one_line, whole
+from lifequant.common.arguments import Parser, whole
+from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
 from lifequant.data.task_csv import choose_prefix, choose_tasks, csv_name, read_rows
 

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lifequant.common.arguments import Parser, one_line, whole
-from lifequant.common.errors import UserError
+from lifequant.common.arguments import Parser, whole
+from lifequant.common.errors import UserError, one_line
 from lifequant.common.files import checked_name, write_all
 from lifequant.common.safe_files import read_text
 from lifequant.data.create.cifar import read_cifar

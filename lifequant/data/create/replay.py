@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from lifequant.common.arguments import Parser, one_line, share, whole
+from lifequant.common.arguments import Parser, share, whole
+from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
 from lifequant.data import dataset_json
 from lifequant.data.create.tasks import remove_stale

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from lifequant.common.arguments import Parser, one_line, real, share, whole
-from lifequant.common.errors import UserError, closest
+from lifequant.common.arguments import Parser, real, share, whole
+from lifequant.common.errors import UserError, closest, one_line
 from lifequant.common.files import checked_name, find_folder, prepare_command, write_all
 from lifequant.data import dataset_json
 from lifequant.data.split import class_tasks, long_tail, lowest, share_of_each

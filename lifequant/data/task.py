@@ -1,0 +1,103 @@
+"""What a run trains on: a batch, and a task of the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lifequant.data.augment import crop_and_flip, normalise
+from lifequant.data.image_storage import take
+
+
+class Batch(NamedTuple):
+    """One training batch on the device."""
+
+    x: Tensor  # float32 [N, 3, H, W], augmented and normalised
+    y: Tensor  # int64 [N]
+    is_replay: Tensor  # bool [N]
+    rows: Tensor  # int64 [N], places in the image store
+    teacher: Tensor | None = None  # float32 [N, C], logits of the former task's model, where something asks for them
+
+
+@dataclass
+class Task:
+    """What a method may know of a task: training and replay data, never test data."""
+
+    id: int  # its place in the sequence, from 0
+    classes: list[int]  # labels of the new data
+    images: (
+        Tensor  # uint8 [all training images of the run, 3, H, W]; in a loop of your own also float, ready for the model
+    )
+    labels: Tensor  # int64 [all training images of the run]
+    new: Tensor  # int64, rows of the task's own images
+    replay: Tensor  # int64, rows of the stored images of former tasks, none of them in ``new``
+    past: Tensor  # int64, rows of all images of former tasks, stored or not; only to be counted
+    num_classes: int
+    batch_size: int
+    stored: int = 0  # images in the replay store, those that ``new`` has as well included
+    warn: Callable[[str], None] = field(default=lambda text: None)
+    augment: Callable[[Tensor, torch.Generator], Tensor] = crop_and_flip  # uint8 [N, 3, H, W] -> the same
+    rows_last: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
+    pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
+    near: Tensor = field(init=False)  # ``pool`` on the device of the images, which needn't be that of all else
+    counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
+    known: Tensor = field(init=False)  # bool [C], classes of former tasks
+
+    def __post_init__(self) -> None:
+        self.pool = torch.cat([self.new, self.replay])
+        self.near = self.pool.to(self.images.device)
+        self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
+        self.known = torch.bincount(self.labels[self.past], minlength=self.num_classes) > 0
+
+    def take(self, rows: Tensor) -> Tensor:
+        """These rows of the images, on the task's device."""
+        return take(self.images, rows, self.labels.device)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
+        x = self.take(rows)
+        return normalise(x) if x.dtype == torch.uint8 else x, self.labels[rows]
+
+    def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``batch`` of ``size`` rows after another: no more images at a time than that."""
+        return (self.batch(part) for part in rows.split(size))
+
+
+def user_task(
+    id: int,
+    x: Tensor,
+    y: Tensor,
+    replay_x: Tensor | None = None,
+    replay_y: Tensor | None = None,
+    past_y: Tensor | None = None,
+    *,
+    num_classes: int,
+    batch_size: int = 128,
+) -> Task:
+    """A Task for a training loop of your own: its images, those stored of former tasks, the labels of all former images.
+
+    x, replay_x: float [N, ...], ready for the model (or uint8 [N, 3, H, W], which are normalised); y, replay_y, past_y:
+    int64. ``id`` counts from 0. ``past_y`` has the labels of all images of former tasks, the stored ones among them; left
+    out, those of the stored ones alone. A replay image's row, for Batch.rows, is len(x) + its place in ``replay_x``.
+    """
+    replay_x = x[:0] if replay_x is None else replay_x
+    replay_y = y[:0] if replay_y is None else replay_y
+    past_y = replay_y if past_y is None else past_y
+    new, stored, past = (torch.arange(len(labels), device=y.device) for labels in (y, replay_y, past_y))
+    return Task(
+        id=id,
+        classes=sorted(set(y.tolist())),
+        images=torch.cat([x, replay_x]),
+        labels=torch.cat([y, replay_y, past_y]),
+        new=new,
+        replay=len(y) + stored,
+        past=len(y) + len(stored) + past,
+        num_classes=num_classes,
+        batch_size=batch_size,
+        stored=len(stored),
+        rows_last=False,
+    )
