@@ -59,7 +59,7 @@ def _what_to_do(argv: Sequence[str]) -> str:
         state, last = checkpoint.read_last(last, lambda _: None)
     except Exception:  # whatever it is, it must not hide the fault
         return f"{report}; there is no checkpoint to go on with"
-    return f"{report}; the state at task {state['place']}, step {state['step']} is in {last}: --resume goes on with it"
+    return f"{report}; the state at task {state['task_index']}, step {state['step']} is in {last}: --resume goes on with it"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lifequant import presets
-from lifequant.common.arguments import boolean, real, share, whole
+from lifequant.common.arguments import boolean, int_at_least, real, share
 from lifequant.losses import LOSSES
 from lifequant.penalties.base import PENALTIES
 from lifequant.quantizers.base import BIT_WIDTHS
@@ -32,12 +32,12 @@ def switch(default: bool | None, group: str, help: str, **kwargs: Any) -> Any:
 
 def epochs_list(text: str) -> list[int]:
     """``10,20`` -> [10, 20]."""
-    return [whole(1)(part) for part in text.split(",") if part]
+    return [int_at_least(1)(part) for part in text.split(",") if part]
 
 
 def bits_list(text: str) -> tuple[int, ...]:
     """``32,8,4`` -> (32, 8, 4): falling bit-widths."""
-    widths = tuple(whole(1)(part) for part in text.split(",") if part)
+    widths = tuple(int_at_least(1)(part) for part in text.split(",") if part)
     if not widths or any(w not in BIT_WIDTHS for w in widths) or list(widths) != sorted(set(widths), reverse=True):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of falling bit-widths like 32,8,4 (known: {BIT_WIDTHS})")
     return widths
@@ -83,10 +83,12 @@ class Config:
     cache: str = flag("auto", DATA, "decoded images: held in memory, or read from their file batch by batch (mmap); "
                       "auto: mmap where they take more than half of the memory available",
                       choices=["memory", "mmap", "auto"], free=True)  # fmt: skip
-    num_tasks: int | None = flag(None, DATA, "tasks to run (default: as many as there are CSVs)", type=whole(1))
-    task_id: int | None = flag(None, DATA, "run this task alone", type=whole(0))
-    num_classes: int | None = flag(None, DATA, "outputs of the head (default: as the data set has)", type=whole(2))
-    image_size: int = flag(32, DATA, "images are scaled and cut to this many pixels a side", type=whole(8))
+    num_tasks: int | None = flag(None, DATA, "tasks to run (default: as many as there are CSVs)", type=int_at_least(1))
+    task_id: int | None = flag(None, DATA, "run this task alone", type=int_at_least(0))
+    num_classes: int | None = flag(
+        None, DATA, "outputs of the head (default: as the data set has)", type=int_at_least(2)
+    )
+    image_size: int = flag(32, DATA, "images are scaled and cut to this many pixels a side", type=int_at_least(8))
     augment: str = flag("auto", DATA, "training images: shifted by up to 4 pixels (crop), or a part of random size and shape "
                         "scaled up (resized_crop), and mirrored; auto: crop up to 64 pixels a side",
                         choices=["auto", "crop", "resized_crop"])  # fmt: skip
@@ -97,7 +99,7 @@ class Config:
     val_fraction: float = flag(0.0, DATA, "share of the training images held out to choose an epoch", type=rate)
     replay_rate: float | None = flag(None, DATA, "share of each old task's images stored, 0.2 or 20; 0: none "
                                      "(default: the replay CSVs where present, else 0.2)", type=rate)  # fmt: skip
-    buffer_size: int | None = flag(None, DATA, "replay images in all, instead of a rate", type=whole(1))
+    buffer_size: int | None = flag(None, DATA, "replay images in all, instead of a rate", type=int_at_least(1))
 
     method: str = flag("ours", METHOD, "lifelong method (or life_q: the quantizer proxq, the method by --ll_method)")
     ll_method: str | None = flag(None, METHOD, "lifelong method, where --method names a quantizer")
@@ -119,7 +121,7 @@ class Config:
     ema: float = flag(
         0.0, METHOD, "moving average of the weights, which is evaluated: its decay, as 0.99", type=below_one
     )
-    head_epochs: int = flag(0, METHOD, "class-balanced epochs of the head alone at a task's end", type=whole(0))
+    head_epochs: int = flag(0, METHOD, "class-balanced epochs of the head alone at a task's end", type=int_at_least(0))
     nme: bool = switch(False, METHOD, "report the nearest mean of exemplars' accuracy beside the head's")
 
     arch: str = flag("resnet", QUANT, "family of networks; the network itself is --target_model", choices=["resnet"])
@@ -128,10 +130,10 @@ class Config:
     shortcut: str = flag("A", QUANT, "A: no weights; conv: the authors' quantized 1x1", choices=["A", "conv"])
     quantizer: str = flag("", QUANT, "quantizer (default: proxq for ours, lsq for the others)")
     act_quantizer: str = flag("", QUANT, "quantizer of the activations (default: the same)")
-    bitW: int = flag(4, QUANT, "bits of the weights", type=whole(1), choices=BIT_WIDTHS)
-    abitW: int = flag(0, QUANT, "bits of the activations (default: bitW)", type=whole(1), choices=BIT_WIDTHS)
+    bitW: int = flag(4, QUANT, "bits of the weights", type=int_at_least(1), choices=BIT_WIDTHS)
+    abitW: int = flag(0, QUANT, "bits of the activations (default: bitW)", type=int_at_least(1), choices=BIT_WIDTHS)
     first_last_bits: int = flag(
-        8, QUANT, "bits of the first and last layer below 32", type=whole(1), choices=BIT_WIDTHS
+        8, QUANT, "bits of the first and last layer below 32", type=int_at_least(1), choices=BIT_WIDTHS
     )
     layer_bits: str | None = flag(None, QUANT, "other bits for some layers: layer3.*=8,fc=4/8 (weights/activations)",
                                   type=layer_bits, metavar="PATTERN=BITS")  # fmt: skip
@@ -139,7 +141,7 @@ class Config:
     bit_schedule: tuple[int, ...] | None = flag(None, QUANT, "progressive bits: 32,8,4,2 trains task 0 at each width from the "
                                                 "width before, all tasks at the last", type=bits_list, metavar="BITS")  # fmt: skip
     bn_reestimate: int = flag(0, QUANT, "batches that BatchNorm's statistics are estimated anew from at a task's end",
-                              type=whole(0), metavar="BATCHES")  # fmt: skip
+                              type=int_at_least(0), metavar="BATCHES")  # fmt: skip
     track_oscillations: bool = switch(False, QUANT, "report how many weights oscillate between two codes (Nagel 2022)")
     freeze_oscillating: float | None = flag(None, QUANT, "freeze weights that oscillate more often than this share of steps, "
                                             "as 0.02 (Nagel 2022)", type=below_one, metavar="SHARE")  # fmt: skip
@@ -147,31 +149,31 @@ class Config:
     source_dir: str = flag("", QUANT, "folder that --source_file is relative to", path=True)
     source_file: str | None = flag(None, QUANT, "a model to start from", path=True)
 
-    num_epochs: int = flag(50, TRAIN, "epochs a task", type=whole(1))
-    train_batch_size: int = flag(128, TRAIN, "images a step", type=whole(2))
-    eval_batch_size: int = flag(100, TRAIN, "images a batch in evaluation", type=whole(1))
+    num_epochs: int = flag(50, TRAIN, "epochs a task", type=int_at_least(1))
+    train_batch_size: int = flag(128, TRAIN, "images a step", type=int_at_least(2))
+    eval_batch_size: int = flag(100, TRAIN, "images a batch in evaluation", type=int_at_least(1))
     lr: float = flag(0.04, TRAIN, "learning rate at its highest", type=real(above=0))
     step_lr: float = flag(0.1, TRAIN, "learning rate of step sizes, as a share of --lr", type=real(0))
     sched: str = flag("", TRAIN, "learning rate over a task (default: cosine; multistep where --lr_decay_step[s] is given)",
                       choices=["multistep", "cosine", "onecycle", "constant"])  # fmt: skip
     warmup_epochs: float = flag(0.0, TRAIN, "epochs of linear warm-up", type=real(0))
     lr_gamma: float = flag(0.1, TRAIN, "multistep: factor at each decay", type=real(above=0))
-    lr_decay_step: int | None = flag(None, TRAIN, "multistep: decay every so many epochs", type=whole(1))
+    lr_decay_step: int | None = flag(None, TRAIN, "multistep: decay every so many epochs", type=int_at_least(1))
     lr_decay_steps: tuple[int, ...] | None = flag(None, TRAIN, "multistep: decay after these epochs, 10,20 or 10 20",
                                                   nargs="+", type=epochs_list, metavar="EPOCH")  # fmt: skip
     momentum: float = flag(0.9, TRAIN, "SGD's momentum", type=real(0))
     weight_decay: float = flag(1e-4, TRAIN, "weight decay (none on step sizes)", type=real(0))
-    seed: int = flag(0, TRAIN, "rules everything random", type=whole(0))
+    seed: int = flag(0, TRAIN, "rules everything random", type=int_at_least(0))
 
     job_dir: str = flag("", RUN, "folder of the run (default: experiment/<method>_<bitW>bit)", path=True)
     resume: str | None = flag(None, RUN, "go on with the run in job_dir, or with a checkpoint", nargs="?", const="True",
                               metavar="PATH", path=True)  # fmt: skip
     reset: bool = switch(False, RUN, "clear job_dir first", path=True)
-    start_task: int = flag(0, RUN, "begin at this task with the state of --from", type=whole(0))
+    start_task: int = flag(0, RUN, "begin at this task with the state of --from", type=int_at_least(0))
     from_run: str | None = flag(None, RUN, "the run that --start_task takes its state from", "--from", path=True)
     test_only: bool = switch(False, RUN, "evaluate job_dir's model, or --source_file's; train nothing", free=True)
     device: str = flag("auto", RUN, "auto, cpu or cuda", choices=["auto", "cpu", "cuda"], free=True)
-    gpus: int = flag(0, RUN, "index of the GPU, where there is one", nargs="+", type=whole(0), free=True)
+    gpus: int = flag(0, RUN, "index of the GPU, where there is one", nargs="+", type=int_at_least(0), free=True)
     amp: str = flag("off", RUN, "bf16: convolutions in bfloat16 in training, for GPUs; quantizers stay in float32",
                     choices=["off", "bf16"])  # fmt: skip
     deterministic: bool = switch(False, RUN, "deterministic algorithms alone, for the same bits again on a GPU")
@@ -180,7 +182,7 @@ class Config:
     checkpoint_seconds: float = flag(300.0, RUN, "seconds between checkpoints", type=real(0), free=True)
     on_nan: str = flag("stop", RUN, "a step whose loss, gradient or weights are NaN or infinite: stop with the state of before, "
                        "or skip the step", choices=["stop", "skip"], free=True)  # fmt: skip
-    print_freq: int = flag(50, RUN, "steps between readings of the loss", type=whole(1), free=True)
+    print_freq: int = flag(50, RUN, "steps between readings of the loss", type=int_at_least(1), free=True)
 
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.data.dataset import load_dataset
 from lifequant.evaluation.evaluate import Scores, evaluate
+from lifequant.models.build import build
 from lifequant.runtime import distributed
 from lifequant.runtime.device import pick_device
 from lifequant.training import initialize
@@ -29,16 +30,16 @@ def test(config: Config, notes: Sequence[str] = ()) -> Scores:
     if path is None:
         raise UserError(f"--test_only: no model_best.pt in --job_dir {config.job_dir}, and no --source_file")
     dataset = distributed.one_first(lambda: load_dataset(config, device, print))
-    model = checkpoint.build(config, dataset.num_classes).to(device)
+    model = build(config, dataset.num_classes).to(device)
     if not checkpoint.load_source(path, config, model, dataset.num_classes):
         raise UserError(
             f"{path}: its quantizer or bits are others; give those it was trained with (config.json beside it)"
         )
     scores = evaluate(model, dataset, config.eval_batch_size, with_error=False)
-    for place, task in enumerate(dataset.ids):
+    for task_index, task in enumerate(dataset.ids):
         print(
-            f"task {task}: top-1 {scores.top1[place]:.2f} %  top-5 {scores.top5[place]:.2f} %  "
-            f"task-masked {scores.masked[place]:.2f} %"
+            f"task {task}: top-1 {scores.top1[task_index]:.2f} %  top-5 {scores.top5[task_index]:.2f} %  "
+            f"task-masked {scores.masked[task_index]:.2f} %"
         )
     print(f"average accuracy {sum(scores.top1) / len(scores.top1):.2f} %  ({path})")
     return scores

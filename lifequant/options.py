@@ -27,7 +27,7 @@ INERT = {  # the original's flags that have lost their meaning, and why
     "keep_grad": "gradients through rounding are always straight through",
     "lam": "the penalty's strength is --ll_lambda",
     "lam2": "the penalty's strength is --ll_lambda",
-    "act_range": "activation steps are set from data and learnt",
+    "act_range": "activation steps are set from data and learned",
     "mask_step": "nothing is masked",
 }
 
@@ -86,7 +86,7 @@ def _method_and_quantizer(given: dict[str, Any]) -> tuple[str, str]:
     if method not in known:
         names = [*known, *registry.names("quantizer"), *LIFEQUANT_NAMES]
         raise UserError(f"unknown method {method!r}{closest(method, names)} (known: {', '.join(known)})")
-    quantizer = quantizer or registry.method(method).parts["quantizer"]
+    quantizer = quantizer or registry.method(method).defaults["quantizer"]
     registry.quantizer_class(quantizer)
     return method, quantizer
 
@@ -149,7 +149,7 @@ def preset_of(given: dict[str, Any]) -> dict[str, Any]:
 def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) -> Config:
     """Fill in what depends on something else; appends to ``notes``."""
     given = dict(given)
-    parts = dict(registry.method(given["method"]).parts)
+    defaults = dict(registry.method(given["method"]).defaults)
     if given.get("preset"):
         for name, value in preset_of(given).items():
             if name in {f.name for f in fields(Config)}:
@@ -159,15 +159,15 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
         if given["method"] != (method := preset_of(given)["method"]):
             raise UserError(f"--preset {given['preset']} is a preset of --method {method}, not of {given['method']}")
     if given.get("balanced") is False:
-        parts |= {"loss": "ce", "sampler": "uniform"}
+        defaults |= {"loss": "ce", "sampler": "uniform"}
     elif given.get("balanced") and given["method"] != "ours":
         notes.append(f"--balanced has no effect on {given['method']}: choose --loss and --sampler")
     for name in ("loss", "sampler", "penalty"):
-        given.setdefault(name, parts[name])
+        given.setdefault(name, defaults[name])
     if given["penalty"] != "none":
         given.setdefault("ll_lambda", PENALTIES[given["penalty"]].default_lambda)
-    given.setdefault("ll_lambda", parts.get("ll_lambda", 0.0))
-    if not parts["replay"] and given.get("buffer_size") is None:
+    given.setdefault("ll_lambda", defaults.get("ll_lambda", 0.0))
+    if not defaults["replay"] and given.get("buffer_size") is None:
         given.setdefault("replay_rate", 0.0)
     if given.get("nme") and given.get("replay_rate") == 0 and given.get("buffer_size") is None:
         raise UserError(

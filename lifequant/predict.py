@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lifequant.checkpointing import checked, checkpoint
 from lifequant.common.errors import UserError
-from lifequant.data.augment import normalise
+from lifequant.data.augment import normalize
 from lifequant.data.decode import as_pixels, decode
+from lifequant.models.build import build
 
 
 def load(job_dir: str | Path) -> nn.Module:
@@ -31,12 +32,12 @@ def load(job_dir: str | Path) -> nn.Module:
     config, names = checked.model_config(state, found), checked.model_classes(state, found)
     size = checked.image_size(state, found)
     with checked.loading(found, "config"):
-        model = checkpoint.build(config, len(names))
+        model = build(config, len(names))
     checkpoint.load_strictly(found, model, state["model"])
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:
         pixels, _ = as_pixels(image, size) if isinstance(image, Image.Image) else decode(Path(image), size)
-        return normalise(pixels[None])
+        return normalize(pixels[None])
 
     model.class_names, model.preprocess = names, preprocess
     return model.eval()

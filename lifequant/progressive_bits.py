@@ -41,15 +41,15 @@ def run(config: Config, notes: Sequence[str] = ()) -> list[dict[str, Any]]:
     if config.resume and config.resume.lower() not in ("true", "yes"):
         raise UserError("--bit_schedule is resumed by --resume without a path: job_dir has all of its rungs")
     found = []
-    for place, rung in enumerate(rungs(config)):
-        print(f"rung {place + 1} of {len(config.bit_schedule)}: {rung.bitW} bits, in {rung.job_dir}", flush=True)
-        found.append(train.run(rung, notes if place == 0 else ()))
+    for index, rung in enumerate(rungs(config)):
+        print(f"rung {index + 1} of {len(config.bit_schedule)}: {rung.bitW} bits, in {rung.job_dir}", flush=True)
+        found.append(train.run(rung, notes if index == 0 else ()))
     print(table(config, found))
     return found
 
 
 def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
-    """A line a rung: accuracy on task 0 when it had just been learnt, and what all tasks came to at the last rung."""
+    """A line a rung: accuracy on task 0 when it had just been learned, and what all tasks came to at the last rung."""
     lines = [
         f"{'bits':<8}{'tasks':>6}{'task 0 (%)':>12}{'average (%)':>13}{'forgetting':>12}{'model (kB)':>12}  folder"
     ]

@@ -225,7 +225,7 @@ def forked(run: Run, config: Config, leaders: list[tuple[Run, Config]]) -> Run:
     at_one = replace(config, start_task=1)
     if run.tasks["num_tasks"] > 1 and not config.bit_schedule:
         for leader, settings in leaders:
-            if leader.after == run.after and run_folder.unlike(at_one, settings.asdict()) is None:
+            if leader.after == run.after and run_folder.fork_conflict(at_one, settings.asdict()) is None:
                 flags = {**run.flags, "start_task": 1, "from_run": leader.folder}
                 return replace(run, flags=flags, after=(*run.after, leader.folder))
         if not registry.method(config.method).joint:

@@ -103,14 +103,14 @@ def point(args: dict[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
         runs.end_task(run, task)
         task = runs.begin_task(run, run.num_tasks - 1)
-        runs.synchronise(device)
+        runs.synchronize(device)
         importance = time.perf_counter() - begin
         runs.turn(run, task, 1)
         runs.refuse_no_penalty(run)
         steps = [1000 * runs.turn(run, task, STEPS) / STEPS for _ in range(TURNS)]
         begin = time.perf_counter()
         evaluate(run.model, dataset, run.config.eval_batch_size)
-        runs.synchronise(device)
+        runs.synchronize(device)
         evaluation = time.perf_counter() - begin
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resident() - before
     weights = sum(p.numel() for p in run.model.parameters())

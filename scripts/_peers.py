@@ -30,7 +30,7 @@ def scheme(row: str, bits: int = 4) -> Any:
 
 
 class BrevitasScheme:
-    """Brevitas's own defaults: weight scales from the largest value at every step, activation scales learnt."""
+    """Brevitas's own defaults: weight scales from the largest value at every step, activation scales learned."""
 
     def __init__(self, bits: int) -> None:
         import brevitas.nn
@@ -55,7 +55,7 @@ class BrevitasScheme:
 
 
 class TorchScheme:
-    """torch.ao.quantization's FakeQuantize: scales from moving averages of the range, nothing learnt.
+    """torch.ao.quantization's FakeQuantize: scales from moving averages of the range, nothing learned.
 
     The layers are those that prepare_qat puts in (torch.ao.nn.qat); BatchNorm is not folded, as it isn't with us.
     """

@@ -88,21 +88,21 @@ def new_run(settings: dict[str, Any], dataset: DataSet, batch: int, stored: int,
 
 def begin_task(run: train.Run, place: int) -> Task:
     """What train.train_all does before a task's first step."""
-    run.place, run.step = place, 0
-    task = run.data.task(place, run.config, run.method)
+    run.task_index, run.step = place, 0
+    task = run.data.task(place, run.config, run.method.joint)
     run.optimizer = run.make_optimizer()
-    for hook in run.hooks:
-        hook.begin_task(run.model, task)
-    run.begin_parts(task)
+    for callback in run.callbacks:
+        callback.begin_task(run.model, task)
+    run.load_teacher(task)
     return task
 
 
 def end_task(run: train.Run, task: Task) -> None:
     """What train.train_all does after a task's last step, evaluation apart; a teacher is taken from the checkpoint."""
-    for hook in run.hooks:
-        hook.end_task(run.model, task)
+    for callback in run.callbacks:
+        callback.end_task(run.model, task)
     if run.teacher is not None:
-        checkpoint.write(run_folder.task_file(run.config.job_dir, task.id), run.state())
+        checkpoint.write(run_folder.task_file(run.config.job_dir, task.task_index), run.state())
 
 
 def to_last_task(run: train.Run) -> Task:
@@ -110,27 +110,27 @@ def to_last_task(run: train.Run) -> Task:
     task = begin_task(run, 0)
     if run.num_tasks == 1:
         return task
-    turn(run, task, FIRST_STEPS)
+    start_task(run, task, FIRST_STEPS)
     end_task(run, task)
     if run.teacher is not None:  # the tasks between are not run: this file stands for the last of them
         checkpoint.write(run_folder.task_file(run.config.job_dir, run.num_tasks - 2), run.state())
     return begin_task(run, run.num_tasks - 1)
 
 
-def turn(run: train.Run, task: Task, steps: int) -> float:
+def start_task(run: train.Run, task: Task, steps: int) -> float:
     """Seconds of the epoch's last ``steps`` steps."""
     whole = -(-len(task.pool) // run.config.train_batch_size)
     run.step = max(whole - steps, 0)
     device = task.images.device
-    synchronise(device)
+    synchronize(device)
     begin = time.perf_counter()
     train.train_task(run, task)
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - begin
 
 
 def has_penalty(run: train.Run) -> bool:
-    return run.config.penalty != "none" or run.method.holds_down
+    return run.config.penalty != "none" or run.method.has_penalty
 
 
 def refuse_no_penalty(run: train.Run) -> None:
@@ -140,6 +140,6 @@ def refuse_no_penalty(run: train.Run) -> None:
             raise RuntimeError("the penalty is 0: it would not be timed")
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

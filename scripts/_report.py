@@ -147,15 +147,15 @@ def picture(found: dict[str, Any], out: Path) -> None:
 
     speeds = found["images_per_second"]
     rows = sorted(speeds, key=speeds.get)
-    colour = {"float": "0.55", "ours": "tab:orange", **dict.fromkeys(("brevitas", "torch", "published"), "tab:red")}
+    color = {"float": "0.55", "ours": "tab:orange", **dict.fromkeys(("brevitas", "torch", "published"), "tab:red")}
     medians = [speeds[row] for row in rows]
     errors = [
         [m - found["spread"][row][0] for m, row in zip(medians, rows, strict=True)],
         [found["spread"][row][1] - m for m, row in zip(medians, rows, strict=True)],
     ]
     figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.3 * len(rows)), layout="constrained")
-    colours = [colour.get(row.split("_")[0], "tab:blue") for row in rows]
-    axis.barh(rows, medians, color=colours, xerr=errors, error_kw={"elinewidth": 1.2, "capsize": 3})
+    colors = [color.get(row.split("_")[0], "tab:blue") for row in rows]
+    axis.barh(rows, medians, color=colors, xerr=errors, error_kw={"elinewidth": 1.2, "capsize": 3})
     for place, row in enumerate(rows):
         axis.text(found["spread"][row][1], place, f"  {speeds[row]:.0f}", va="center", fontsize=9)
     machine, settings = found["machine"], found["settings"]

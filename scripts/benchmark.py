@@ -12,7 +12,7 @@ Rows, chosen by --rows (shell patterns, separated by commas; all that end in _co
   <method>_compiled             the method's whole step in its second task, with replay and importances in place;
   ours_eager                    joint has all tasks in one, and original is the quantizers' rows
   brevitas                      the network with Brevitas's layers, in the same training step (pip install brevitas)
-  torch_qat                     the same with torch.ao's fake-quantizers: ranges from moving averages, nothing learnt.
+  torch_qat                     the same with torch.ao's fake-quantizers: ranges from moving averages, nothing learned.
                                 torchao has no row: its recipes quantize linear layers, not a convolution's weights
   published_scheme              rounding by an autograd.Function, the penalty a loop, .item() at every step, PIL files
 brevitas_compiled and torch_qat_compiled can be asked for. --quick has float_compiled, ours_compiled, published_scheme.
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
-from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError, one_line
 
 WORKER = Path(_contenders.__file__)
@@ -173,9 +173,9 @@ def main(argv: Sequence[str]) -> None:
         "--rows", help="rows to time, separated by commas; shell patterns (default: all but _eager ones)"
     )
     parser.add_argument("--quick", action="store_true", help=f"few rows and steps, under two minutes: {QUICK['rows']}")
-    parser.add_argument("--batch", type=whole(8), default=128, help="images a step")
-    parser.add_argument("--rounds", type=whole(1), help=f"turns of each contender (default: {USUAL['rounds']})")
-    parser.add_argument("--steps", type=whole(1), help=f"steps of a turn (default: {USUAL['steps']})")
+    parser.add_argument("--batch", type=int_at_least(8), default=128, help="images a step")
+    parser.add_argument("--rounds", type=int_at_least(1), help=f"turns of each contender (default: {USUAL['rounds']})")
+    parser.add_argument("--steps", type=int_at_least(1), help=f"steps of a turn (default: {USUAL['steps']})")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     parser.add_argument("--model", default="resnet20", help="the network")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")

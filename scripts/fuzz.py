@@ -29,7 +29,7 @@ from _mutations import mutated, mutated_csv, mutated_json
 from PIL import Image
 
 from lifequant import options
-from lifequant.common.arguments import Parser, real, run_main, whole
+from lifequant.common.arguments import Parser, int_at_least, real, run_main
 from lifequant.common.errors import UserError, one_line
 from lifequant.data import dataset
 from lifequant.data.decode import decode, quiet
@@ -224,9 +224,9 @@ def guided(targets: list[CsvTarget | ImageTarget], count: int, args) -> None:
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--csvs", type=whole(0), default=20_000, help="folders of task CSVs to try")
-    parser.add_argument("--images", type=whole(0), default=2_000, help="images to try")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the mutations")
+    parser.add_argument("--csvs", type=int_at_least(0), default=20_000, help="folders of task CSVs to try")
+    parser.add_argument("--images", type=int_at_least(0), default=2_000, help="images to try")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the mutations")
     parser.add_argument("--out", default="faults", help="folder for the inputs that are faults")
     parser.add_argument("--seconds", type=real(above=0), default=5.0, help="that one input may take")
     parser.add_argument("--gigabytes", type=real(above=0), default=2.0, help="of memory that the process may hold")

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifequant import options
-from lifequant.checkpointing import checkpoint
 from lifequant.methods import importance
+from lifequant.models.build import build
 from lifequant.qat.calibration import calibrate
 
 TOLERANCE = 1e-9
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--chunks", type=int, nargs="+", default=[importance.CHUNK])
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = checkpoint.build(options.make(method="ours", quantizer="lsq", bitW=4, abitW=4), 10)
+    model = build(options.make(method="ours", quantizer="lsq", bitW=4, abitW=4), 10)
     x = torch.randn(args.images, 3, 32, 32).to(memory_format=torch.channels_last)
     y = torch.randint(10, (args.images,))
     calibrate(model, x)

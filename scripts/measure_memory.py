@@ -2,7 +2,7 @@
 
 Makes a data set of JPEGs in a temporary folder: few distinct pictures, each linked to many names. It is loaded as a run
 loads it (the first time decoded into the cache), then every training image goes through a batch once: drawn, augmented,
-normalised, the network left out. Each case is a process of its own, so that none sees another's memory.
+normalized, the network left out. Each case is a process of its own, so that none sees another's memory.
 
 RSS is what counts against a process, and of it RssAnon what can't be given back; VmHWM is the highest RSS until then,
 RssFile the pages of files, libraries among them.
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from lifequant import options, registry, train
-from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError
 from lifequant.common.seeding import generator
 from lifequant.data import dataset
@@ -84,7 +84,7 @@ def one_case(root: Path, case: str, batch: int, side: int) -> None:
     line("loaded", time.perf_counter() - begin)
     if case.startswith("build"):
         return
-    task = found.task(0, config, registry.method("original"))
+    task = found.task(0, config, registry.method("original").joint)
     order = epoch_order(task.labels[task.pool], task.counts, "uniform", generator(0, "order"))
     steps = len(order) // batch
     begin = time.perf_counter()
@@ -96,9 +96,9 @@ def one_case(root: Path, case: str, batch: int, side: int) -> None:
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="measure_memory.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=whole(DISTINCT), default=13_500, help="training images")
-    parser.add_argument("--side", type=whole(8), default=224, help="pixels a side after decoding")
-    parser.add_argument("--batch", type=whole(2), default=64, help="images a batch")
+    parser.add_argument("--images", type=int_at_least(DISTINCT), default=13_500, help="training images")
+    parser.add_argument("--side", type=int_at_least(8), default=224, help="pixels a side after decoding")
+    parser.add_argument("--batch", type=int_at_least(2), default=64, help="images a batch")
     parser.add_argument("--folder", help="where the temporary folder is made")
     parser.add_argument("--case", choices=CASES, help="measure one case in the data that --folder has (used by itself)")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ if find_spec("lifequant") is None:  # a bare clone that was not installed
 import torch
 
 from lifequant import options, train
-from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError
 from lifequant.data.create import tasks
 from lifequant.results import results
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--job_dir", type=Path, required=True, help="folder of the run; images and task CSVs go below it"
     )
-    parser.add_argument("--num_epochs", type=whole(1), default=50, help="epochs a task")
+    parser.add_argument("--num_epochs", type=int_at_least(1), default=50, help="epochs a task")
     parser.add_argument("--flags", default="", help='more flags of the run: --flags="--amp bf16"')
     args = parser.parse_args(argv)
     images, csv = args.job_dir / "images", args.job_dir / "csv"

@@ -35,7 +35,7 @@ import _grid
 import _shown
 from sweep import Local, Sweep, duration
 
-from lifequant.common.arguments import Parser, real, run_main, share, whole
+from lifequant.common.arguments import Parser, int_at_least, real, run_main, share
 from lifequant.common.errors import UserError
 from lifequant.common.files import write_all
 
@@ -139,12 +139,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("grid", help="TOML, as search.py says")
     parser.add_argument("--data_dir", required=True, help="folder with train/<class>/*")
     parser.add_argument("--out", required=True, help="folder of the runs; those that are finished are not run again")
-    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int_at_least(1), default=1, help="runs at a time")
     parser.add_argument(
         "--have", nargs="+", default=[], metavar="FOLDER", help="results of runs that are not to run again"
     )
     parser.add_argument("--gain", type=real(0), default=0.5, help="points that a part must gain")
-    parser.add_argument("--rounds", type=whole(1), default=4, help="parts to choose at most")
+    parser.add_argument("--rounds", type=int_at_least(1), default=4, help="parts to choose at most")
     parser.add_argument("--write", help="JSON file of what was found and of all that was tried")
     args = parser.parse_args(argv)
     search = Search(

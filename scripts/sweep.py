@@ -30,7 +30,7 @@ import _grid
 import _shown
 from tqdm import tqdm
 
-from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import one_line
 
 MAIN = Path(__file__).resolve().parents[1] / "resnet-20-cifar-10" / "main.py"
@@ -231,17 +231,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="show the runs and the time they would take; write nothing"
     )
-    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time (with --slurm: in the queue)")
+    parser.add_argument("--jobs", type=int_at_least(1), default=1, help="runs at a time (with --slurm: in the queue)")
     parser.add_argument(
         "--have", nargs="+", default=[], metavar="FOLDER", help="results of runs that are not to run again"
     )
     parser.add_argument("--retry", action="store_true", help="run those again that failed")
     parser.add_argument("--slurm", action="store_true", help="submit the runs to Slurm (pip install lifequant[slurm])")
     parser.add_argument("--partition", help="of Slurm")
-    parser.add_argument("--gpus", type=whole(0), default=0, help="GPUs a run, of Slurm")
-    parser.add_argument("--cpus", type=whole(1), default=2, help="cores a run, of Slurm")
+    parser.add_argument("--gpus", type=int_at_least(0), default=0, help="GPUs a run, of Slurm")
+    parser.add_argument("--cpus", type=int_at_least(1), default=2, help="cores a run, of Slurm")
     parser.add_argument(
-        "--minutes", type=whole(1), default=240, help="a run's time limit, of Slurm; it is requeued then"
+        "--minutes", type=int_at_least(1), default=240, help="a run's time limit, of Slurm; it is requeued then"
     )
     parser.add_argument(
         "--cluster", choices=("slurm", "local"), default="slurm", help="local: try the way to Slurm without it"

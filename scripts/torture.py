@@ -23,7 +23,7 @@ from pathlib import Path
 
 import _results  # noqa: F401  (finds lifequant in a bare clone)
 
-from lifequant.common.arguments import Parser, run_main, whole
+from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError
 from lifequant.common.fault_injection import POINTS
 
@@ -160,11 +160,11 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = Parser(prog="torture.py", description="Kill runs, resume them, compare them with the uninterrupted one.")
-    parser.add_argument("--kills", type=whole(1), default=20, help="whole runs, each killed at least once")
+    parser.add_argument("--kills", type=int_at_least(1), default=20, help="whole runs, each killed at least once")
     parser.add_argument(
         "--method", default="ours", help="a method, or bit_schedule; flags of main.py may follow after --"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the moments")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the moments")
     args = parser.parse_args(words[:cut])
     try:
         import _same  # noqa: F401

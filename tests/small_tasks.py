@@ -54,11 +54,11 @@ def batch_of(task: Task, step: int, teacher: nn.Module | None = None) -> Batch:
     places = torch.arange(step * SIZE, (step + 1) * SIZE) * 5 % len(task.pool)
     rows = task.pool[places]
     x, y = task.batch(rows)
-    batch = Batch(x, y, places >= len(task.new), rows)
+    batch = Batch(x, y, places >= len(task.new_rows), rows)
     if teacher is None:
         return batch
     with torch.no_grad():
-        return batch._replace(teacher=teacher(x) if task.id else torch.zeros(len(x), CLASSES).double())
+        return batch._replace(teacher=teacher(x) if task.task_index else torch.zeros(len(x), CLASSES).double())
 
 
 def losses(method: LifelongMethod, model: nn.Module, batch: Batch, logits: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from lifequant import options
 from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint
 from lifequant.common.arguments import run_main
+from lifequant.models.build import build
 
 
 class Place:
@@ -161,7 +162,7 @@ def source_is_tensors(place: Place) -> None:
 def source(place: Place, classes: int = 6, **flags: Any) -> None:
     config = options.make(**flags)
     names = [str(label) for label in range(classes)]
-    state = checkpoint.model_state(config, checkpoint.build(config, classes), names)
+    state = checkpoint.model_state(config, build(config, classes), names)
     checkpoint.write(place.folder / "model.pt", state)
 
 

@@ -24,6 +24,7 @@ from lifequant.common.errors import UserError
 from lifequant.data import dataset
 from lifequant.data.create.replay import main_replay
 from lifequant.data.task_csv import read_rows
+from lifequant.models.build import build
 
 ORIGINAL = [
     'main.py --csv_dir data/ --job_dir "experiment/ours/resnet/t_4bit_pre32bit" --method "ours" --source_dir "pretrained" '
@@ -125,9 +126,8 @@ def test_replay_csvs_are_what_a_run_samples(tiny, tmp_path, monkeypatch):
     named, sampled = loaded(tiny, csv_dir=folder), loaded(tiny, csv_dir=tiny.csvs3)
     assert named.replay_csv is not None and sampled.replay_csv is None
     config = options.make(**settings(tiny, Path("unused")))
-    method = type("method", (), {"joint": False})
     for place in range(3):
-        assert torch.equal(*(found.task(place, config, method).replay for found in (named, sampled)))
+        assert torch.equal(*(found.task(place, config).replay for found in (named, sampled)))
 
 
 def test_image_root(tiny, tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_sources(tiny, finished, tmp_path, capsys):
         shutil.copy(finished / "model_best.pt", folder / here)
         flags = {"source_dir": tmp_path, "source_file": f"source/{named}"}
         config = options.make(**settings(tiny, tmp_path / "unused", **flags))
-        model = checkpoint.build(config, 6)
+        model = build(config, 6)
         assert checkpoint.load_source(checkpoint.find_model(folder / named), config, model, 6)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
         (folder / here).unlink()
@@ -166,7 +166,7 @@ def test_sources(tiny, finished, tmp_path, capsys):
         torch.testing.assert_close(state["layer2.0.conv1.weight"], weights["layer2.0.conv1.weight"])
     latent = weights["layer2.0.conv1.weight"].abs()  # the step is derived anew, from the source's weights
     step = min(2 * latent.mean().item() / 7**0.5, latent.max().item() / 7)
-    assert state["layer2.0.conv1.weight_quant.size"].item() == pytest.approx(step, rel=1e-4)
+    assert state["layer2.0.conv1.weight_quant.step_size"].item() == pytest.approx(step, rel=1e-4)
     train(tiny, tmp_path / "unused", pretrained=False, source_file="nowhere", num_tasks=1)
 
 

@@ -27,9 +27,10 @@ from lifequant.common.arguments import run_main
 from lifequant.models.resnet import ResNet
 from lifequant.registry import quantizer_class
 from lifequant.results import results
+from lifequant.training import history
 
 METHODS = registry.names("method")
-PAIRS = [(name, registry.method(name).parts["quantizer"]) for name in METHODS]
+PAIRS = [(name, registry.method(name).defaults["quantizer"]) for name in METHODS]
 PAIRS += [("replay", name) for name in registry.names("quantizer") if ("replay", name) not in PAIRS]
 
 KEYS = {
@@ -82,7 +83,7 @@ def test_two_tasks(method, quantizer, whole):
     may_be_null = undefined if joint else {"forgetting_rate"}  # a task whose best accuracy is 0 has no rate
     assert {name for name in KEYS if found[name] is None} <= may_be_null
 
-    stored = registry.method(method).parts["replay"]
+    stored = registry.method(method).defaults["replay"]
     kept = 4 * round(0.2 * TRAIN)  # of the four classes of task 0; two of them are in task 1 as well
     sizes = [(t["id"], len(t["classes"]), t["train_images"], t["test_images"]) for t in found["tasks"]]
     assert sizes == [(0, 4, 32, 16), (1, 4, 32, 16)]
@@ -113,8 +114,8 @@ def test_two_tasks(method, quantizer, whole):
     assert all(math.isfinite(x) for task in state["history"]["training"] for x in task.values())
     assert all(t.isfinite().all() for t in state["model"].values())
     held = state["history"]["training"][-1]["penalty"]
-    holds_down = registry.method(method).holds_down  # a penalty of the method's own
-    assert (held > 0) == (holds_down or found["config"]["penalty"] not in ("none", "proxq_step"))
+    has_penalty = registry.method(method).has_penalty  # a penalty of the method's own
+    assert (held > 0) == (has_penalty or found["config"]["penalty"] not in ("none", "proxq_step"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,17 +156,17 @@ IN_TASK_1 = 7  # task 0 has 4 steps
 def test_resume(method, quantizer, tiny, whole, tmp_path, monkeypatch):
     """Killed in a step after the optimizer's, in mid-epoch, the second task where there is one."""
     call = 4 if registry.method(method).joint else IN_TASK_1
-    kill = (results, "step_sums", call)
+    kill = (history, "step_sums", call)
     interrupted(tiny, tmp_path / "run", monkeypatch, kill, method=method, quantizer=quantizer)
     same_runs(tmp_path / "run", whole(method, quantizer))
 
 
 MOMENTS = {
-    "first step": (results, "step_sums", 1),
-    "second step": (results, "step_sums", 2),
+    "first step": (history, "step_sums", 1),
+    "second step": (history, "step_sums", 2),
     "evaluation after task 0": (results, "evaluate", 1),
     "writing the checkpoint of task 0": (training, "save", 5),
-    "first step of task 1": (results, "step_sums", 5),
+    "first step of task 1": (history, "step_sums", 5),
     "evaluation after task 1": (results, "evaluate", 2),
     "results": (results, "assemble", 1),
 }
@@ -195,7 +196,7 @@ ALL_PARTS = {
 def test_resume_with_other_parts(more, tiny, whole, tmp_path, monkeypatch):
     """Held-out images choose an epoch; the penalties that hold other state."""
     more = {**more, "num_epochs": 2, "method": "ours", "quantizer": "proxq"}
-    interrupted(tiny, tmp_path / "run", monkeypatch, (results, "step_sums", 14), **more)
+    interrupted(tiny, tmp_path / "run", monkeypatch, (history, "step_sums", 14), **more)
     same_runs(tmp_path / "run", whole(**more))
 
 
@@ -205,7 +206,7 @@ def test_resume_keeps_the_best_epoch(tiny, tmp_path, monkeypatch):
     more = {"method": "replay", "num_epochs": 2, "val_fraction": 0.25}  # 3 steps an epoch, then 4
     train(tiny, tmp_path / "whole", **more)
     for step in (5, 12):
-        interrupted(tiny, tmp_path / str(step), monkeypatch, (results, "step_sums", step), **more)
+        interrupted(tiny, tmp_path / str(step), monkeypatch, (history, "step_sums", step), **more)
         same_runs(tmp_path / str(step), tmp_path / "whole")
 
 
@@ -237,6 +238,6 @@ def test_sigkill(tiny, whole, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     state = checkpoint.read(last, "run")
-    assert (state["place"], process.returncode) == (1, -signal.SIGKILL) and 0 < state["step"] < 15
+    assert (state["task_index"], process.returncode) == (1, -signal.SIGKILL) and 0 < state["step"] < 15
     assert run_main(command, [*argv, "--resume"]) == 0
     same_runs(job, whole(**more))

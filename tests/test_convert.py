@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lifequant import calibrate, quantize_model, registry
 from lifequant.common.errors import UserError
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, fake_quants, set_layer_bits
-from lifequant.qat.scales import StepSizes, param_groups
+from lifequant.qat.scales import Scales, param_groups
 
 EXAMPLES = Path(__file__).parent / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* input that no quantizer gave")
@@ -184,7 +184,7 @@ def test_layer_bits_of_a_block_of_our_own_network(pattern):
     for name, bits in bits_of(model).items():
         inside = 4 if "act" in name else 2
         assert bits == (inside if name.startswith("layer3.") else 8 if name.startswith("fc.") else 32), name
-    assert model.layer3[0].conv1.weight_quant.step().shape == (64,)
+    assert model.layer3[0].conv1.weight_quant.scale().shape == (64,)
     with pytest.raises(UserError, match=r"did you mean 'layer3\.0'"):
         set_layer_bits(model, scheme, {"layer3.00.*": 4})
 
@@ -225,11 +225,11 @@ def test_forward_against_functional_convolutions():
     q.eval()
 
     def weight(layer: nn.Module) -> Tensor:
-        s, bits = layer.weight_quant.size, layer.weight_quant.bits
+        s, bits = layer.weight_quant.step_size, layer.weight_quant.bits
         return (layer.weight / s).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * s
 
     def act(x: Tensor, relu: nn.Module) -> Tensor:
-        return (x / relu.act_quant.size).round().clamp(0, 15) * relu.act_quant.size
+        return (x / relu.act_quant.step_size).round().clamp(0, 15) * relu.act_quant.step_size
 
     x = act(q.bn(F.conv2d(X, weight(q.conv1), q.conv1.bias, padding=1)).relu(), q.relu)
     wrapped = F.pad(x, (2, 2, 2, 2), mode="circular")
@@ -319,7 +319,7 @@ def test_first_forward_calibrates_and_says_so_once():
 
 
 def steps(q: nn.Module) -> dict[str, float]:
-    return {name: quant.size.item() for name, quant in fake_quants(q)}
+    return {name: quant.step_size.item() for name, quant in fake_quants(q)}
 
 
 def lsq_step(x: Tensor, qp: int) -> float:
@@ -445,13 +445,13 @@ def test_every_quantizer_trains(name):
     q = quantize_model(model, name)
     calibrate(q, [(X, None)])
     optimizer = torch.optim.SGD(param_groups(q, 0.05, weight_decay=1e-4), momentum=0.9)
-    steps = StepSizes(q)
+    steps = Scales(q)
     y, losses = torch.arange(6) % 5, []
     for _ in range(10):
         loss = F.cross_entropy(q(X), y)
         optimizer.zero_grad()
         loss.backward()
-        with steps.bounded():
+        with steps.limit_scale_updates():
             optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.85 * losses[0]
@@ -463,10 +463,10 @@ def test_param_groups():
     _, q = net(act_quantizer="pact")
     groups = {(g["lr"], g["weight_decay"]): g["params"] for g in param_groups(q, 0.1, weight_decay=0.5)}
     assert [len(groups[key]) for key in ((0.1, 0.5), (0.1 * 0.1, 0.0), (0.1 * 0.1, 0.5))] == [9, 4, 2]
-    steps, before = StepSizes(q), q.conv1.weight_quant.size.item()
-    with steps.bounded():
-        q.conv1.weight_quant.size.data.fill_(-1.0)
-    assert q.conv1.weight_quant.size.item() == pytest.approx(0.9 * before)
+    steps, before = Scales(q), q.conv1.weight_quant.step_size.item()
+    with steps.limit_scale_updates():
+        q.conv1.weight_quant.step_size.data.fill_(-1.0)
+    assert q.conv1.weight_quant.step_size.item() == pytest.approx(0.9 * before)
 
 
 def test_compiles_whole():

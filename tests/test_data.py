@@ -17,7 +17,7 @@ from tiny import SIDE, TEST, TRAIN, Tiny, arguments, settings
 
 from lifequant import options, registry
 from lifequant.data import dataset, image_cache
-from lifequant.data.augment import MEAN, STD, crop_and_flip, normalise
+from lifequant.data.augment import MEAN, STD, crop_and_flip, normalize
 from lifequant.data.create.tasks import main_tasks
 from lifequant.data.replay import stored_rows
 from lifequant.data.task import Task
@@ -133,10 +133,10 @@ def test_crop_and_flip():
     assert (again == found).all()
 
 
-def test_normalise():
+def test_normalize():
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     expected = (pixels.numpy() / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
-    found = normalise(pixels)
+    found = normalize(pixels)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last) and pixels.dtype == torch.uint8
 
@@ -147,7 +147,7 @@ def loaded(tiny: Tiny, **more) -> tuple[options.Config, dataset.DataSet]:
 
 
 def task(found: dataset.DataSet, config: options.Config, place: int) -> Task:
-    return found.task(place, config, registry.method(config.method))
+    return found.task(place, config, registry.method(config.method).joint)
 
 
 def labels_of(found: dataset.DataSet, rows: torch.Tensor) -> Counter:
@@ -164,7 +164,7 @@ def test_test_images_stay_apart(tiny):
         assert mine.images is found.train.images and mine.labels is found.train.labels
         names = {found.train.paths[row] for row in mine.pool.tolist()}
         assert names and all(name.startswith("train/") for name in names)
-        new = {found.train.paths[row] for row in mine.new.tolist()}
+        new = {found.train.paths[row] for row in mine.new_rows.tolist()}
         assert new == {image for image, _ in read_rows(tiny.csvs3 / f"tiny_train{place}.csv")}
         tests = {found.test.paths[row] for row in found.test_rows[place]}
         assert tests == {image for image, _ in read_rows(tiny.csvs3 / f"tiny_test{place}.csv")}
@@ -178,15 +178,15 @@ def test_replay(tiny):
     """Every class of every old task has the same share stored; the current task's images are left out, but not forgotten."""
     config, found = loaded(tiny, csv_dir=tiny.csvs3, replay_rate=0.5)
     tasks = [task(found, config, place) for place in range(3)]
-    assert len(tasks[0].replay) == tasks[0].stored == 0
+    assert len(tasks[0].replay) == tasks[0].buffer_count == 0
     for place in (1, 2):
         now = tasks[place]
-        assert not set(now.new.tolist()) & set(now.replay.tolist())
+        assert not set(now.new_rows.tolist()) & set(now.replay.tolist())
         old = set().union(*(set(tasks[t].classes) for t in range(place)))
-        assert now.stored == len(old) * TRAIN // 2
+        assert now.buffer_count == len(old) * TRAIN // 2
         gone = old - set(now.classes)
         assert gone and labels_of(found, now.replay) == dict.fromkeys(gone, TRAIN // 2)
-        assert labels_of(found, now.past) == dict.fromkeys(old, TRAIN)
+        assert labels_of(found, now.past_rows) == dict.fromkeys(old, TRAIN)
         assert now.counts.tolist() == [labels_of(found, now.pool)[c] for c in range(6)]
     assert set(tasks[1].replay.tolist()) <= set(tasks[2].replay.tolist())
     config, found = loaded(tiny, csv_dir=tiny.csvs3, method="original")
@@ -225,7 +225,7 @@ def test_long_tail_and_replay(tiny):
     assert Counter(found.train.labels.tolist()) == expected
     assert Counter(found.test.labels.tolist()) == dict.fromkeys(range(6), TEST)
     second = task(found, config, 1)
-    assert set(second.replay.tolist()) <= set(found.new[0])
+    assert set(second.replay.tolist()) <= set(found.new_rows[0])
     assert all(n >= 1 for n in labels_of(found, second.replay).values())
 
 
@@ -243,9 +243,9 @@ def test_replay_csvs(tiny, tmp_path):
         names = {found.train.paths[row] for row in second.replay.tolist()}
         if flag is None:
             now = set(second.classes)
-            assert names == {image for image, label in named[0] if label not in now} and second.stored == 4
+            assert names == {image for image, label in named[0] if label not in now} and second.buffer_count == 4
         else:
-            assert second.stored == {"replay_rate": 4 * 2, "buffer_size": 5}[flag]
+            assert second.buffer_count == {"replay_rate": 4 * 2, "buffer_size": 5}[flag]
     assert "the images that the replay CSVs" in said[0] and all("are not used" in line for line in said[1:])
 
 
@@ -256,11 +256,11 @@ def test_validation_images(tiny):
     assert labels_of(found, torch.tensor(sorted(held))) == dict.fromkeys(range(6), TRAIN // 4)
     for place in range(3):
         mine = task(found, config, place)
-        assert not held & set(mine.pool.tolist()) and not held & set(mine.past.tolist())
+        assert not held & set(mine.pool.tolist()) and not held & set(mine.past_rows.tolist())
         assert set(found.held_out[place]) == {row for row in held if found.train.labels[row] in mine.classes}
     _, found = loaded(tiny, lt_gamma=8, val_fraction=0.25)
     for place in range(2):
-        trained = set(found.train.labels[found.new[place]].tolist())
+        trained = set(found.train.labels[found.new_rows[place]].tolist())
         assert trained == {label for _, label in read_rows(tiny.csvs / f"tiny_train{place}.csv")}
 
 

@@ -43,12 +43,12 @@ def test_sixteen_bits(kind, tmp_path):
 
 
 def test_other_modes(tmp_path):
-    colours = Image.fromarray(np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+    colors = Image.fromarray(np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
     for mode, kind in (("CMYK", "TIFF"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("1", "PNG")):
-        image = colours.convert(mode)
+        image = colors.convert(mode)
         found, done = decode(png(tmp_path, image, kind), SIDE)
         assert (found.numpy() == np.asarray(image.convert("RGB")).transpose(2, 0, 1)).all() and done == f"{mode} to RGB"
-    palette = colours.convert("P")
+    palette = colors.convert("P")
     found, _ = decode(png(tmp_path, palette, transparency=0), SIDE)
     assert (found.numpy() == np.asarray(palette.convert("RGB")).transpose(2, 0, 1)).all()
     refused(lambda: decode(png(tmp_path, Image.fromarray(grey().astype(np.float32)), "TIFF"), SIDE), "white is unknown")
@@ -66,7 +66,7 @@ def test_exif(turn, tmp_path):
 
 
 def test_first_of_several(tmp_path):
-    frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "blue")]
     for kind in ("GIF", "PNG", "TIFF", "WEBP"):
         more = {"lossless": True} if kind == "WEBP" else {}
         found, _ = decode(png(tmp_path, frames[0], kind, save_all=True, append_images=frames[1:], **more), SIDE)

@@ -85,7 +85,7 @@ def test_mas():
     method = make("mas")
     method.begin_task(model, task)
     method.end_task(model, task)
-    first = by_loop(model, task, task.new, lambda f, y, net: gradient((f * f).sum(), net).abs())
+    first = by_loop(model, task, task.new_rows, lambda f, y, net: gradient((f * f).sum(), net).abs())
     torch.testing.assert_close(method.importance, first, rtol=1e-9, atol=1e-14)
     method.end_task(model, task)
     torch.testing.assert_close(method.importance, 2 * first)
@@ -224,6 +224,6 @@ def test_scp_of_a_network():
     method.begin_task(model, task)
     method.end_task(model, task)
     net = copy.deepcopy(model).eval()
-    mean = net(task.batch(task.new)[0]).mean(0)
+    mean = net(task.batch(task.new_rows)[0]).mean(0)
     expected = sum(gradient(m, net) ** 2 for m in mean) / CLASSES
     torch.testing.assert_close(method.importance, expected, rtol=1e-9, atol=1e-14)

@@ -17,7 +17,7 @@ from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint
 from lifequant.common.arguments import run_main
 from lifequant.data.task_csv import csv_text, read_rows
-from lifequant.results import results
+from lifequant.training import history
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -97,7 +97,7 @@ def test_resume_elsewhere(tiny, finished, tmp_path, monkeypatch, capsys):
     """--resume PATH: a run's folder or a checkpoint in it, which goes on in an empty job_dir as in its own."""
     argv = arguments(settings(tiny, tmp_path / "run", method="replay", checkpoint_seconds=0))
     with monkeypatch.context() as patch:
-        kill_at(patch, results, "step_sums", 7)
+        kill_at(patch, history, "step_sums", 7)
         with pytest.raises(Killed):
             command(argv)
     before = contents(tmp_path / "run")

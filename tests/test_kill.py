@@ -23,6 +23,7 @@ from lifequant.common import fault_injection
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.runtime import preemption
+from lifequant.training import history
 
 FREE = {"checkpoint_seconds": 0}
 
@@ -80,15 +81,14 @@ def test_a_signal_ends_with_a_checkpoint(tiny, straight, tmp_path, capsys, monke
     assert code == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}[number]
     assert error == f"lifequant: stopped by {number.name}; the state is written: go on with --resume True\n"
     state = checkpoint.read(tmp_path / "run/checkpoint/last.pt", "run")
-    assert 6 * state["place"] + state["step"] > 0 and state["step"] > 0
+    assert 6 * state["task_index"] + state["step"] > 0 and state["step"] > 0
     ends_the_same(argv, tmp_path / "run", straight)
 
 
 def stopped_at_step(argv, call, number, monkeypatch, capsys) -> tuple[int, str]:
     """(exit code, stderr) where the signal comes in the ``call``-th training step."""
-    from lifequant.results import results
 
-    original, calls = results.step_sums, []
+    original, calls = history.step_sums, []
 
     def with_signal(*given):
         calls.append(1)
@@ -98,7 +98,7 @@ def stopped_at_step(argv, call, number, monkeypatch, capsys) -> tuple[int, str]:
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(results, "step_sums", with_signal)
+        patch.setattr(history, "step_sums", with_signal)
         code = run_main(command, argv)
     return code, capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint
 from lifequant.common.arguments import run_main
 from lifequant.progressive_bits import rungs
-from lifequant.results import results
+from lifequant.training import history
 
 SCHEDULE = {"bit_schedule": "32,4,2", "method": "ours"}
 
@@ -33,7 +33,7 @@ def test_rungs(tiny, whole):
     assert [rung.source_file for rung in files] == [None, *(str(whole / f"{b}bit" / "model_best.pt") for b in (32, 4))]
     nothing = options.make(**settings(tiny, whole.with_name("other"), **SCHEDULE | {"lr": 1e-30, "weight_decay": 0}))
     argv = arguments(settings(tiny, whole.with_name("other"), **SCHEDULE, lr=1e-30, weight_decay=0))
-    assert command(argv) == 0  # where nothing is learnt, every rung has the first one's weights
+    assert command(argv) == 0  # where nothing is learned, every rung has the first one's weights
     weights = [
         checkpoint.read(whole.with_name("other") / f"{bits}bit" / "model_best.pt", "model")["model"]
         for bits in nothing.bit_schedule
@@ -51,7 +51,7 @@ def test_resume(step, tiny, whole, tmp_path, monkeypatch, capsys):
     job = tmp_path / "run"
     argv = arguments(settings(tiny, job, checkpoint_seconds=0, **SCHEDULE))
     with monkeypatch.context() as patch:
-        kill_at(patch, results, "step_sums", step)
+        kill_at(patch, history, "step_sums", step)
         with pytest.raises(Killed):
             command(argv)
     assert not (job / "2bit" / "results.json").exists()

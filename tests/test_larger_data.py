@@ -46,7 +46,7 @@ def test_batches_of_a_mapped_cache(tiny, augment):
     for cache in ("memory", "mmap"):
         config, found = loaded(tiny, cache=cache, augment=augment)
         assert hasattr(found.train.images, "mapping") == hasattr(found.test.images, "mapping") == (cache == "mmap")
-        task = found.task(1, config, registry.method(config.method))
+        task = found.task(1, config, registry.method(config.method).joint)
         order = epoch_order(task.labels[task.pool], task.counts, "uniform", seeded())
         batches = [training.make_batch(task, order, step, 8, seeded(step)) for step in range(3)]
         seen.append([*(value for batch in batches for value in batch[:4]), *task.batch(task.replay)])
@@ -75,12 +75,12 @@ def test_auto(monkeypatch):
     said: list[str] = []
     assert 0 < image_storage.available_bytes() < 1 << 50
     monkeypatch.setattr(image_storage, "available_bytes", lambda: 1000)
-    assert not image_storage.choose_place("auto", 500, CPU, said.append).mapped and not said
-    assert image_storage.choose_place("auto", 501, CPU, said.append).mapped and "--cache auto: mmap" in said[0]
-    assert not image_storage.choose_place("memory", 501, CPU, said.append).mapped
-    assert image_storage.choose_place("mmap", 1, CPU, said.append).mapped
+    assert not image_storage.choose_location("auto", 500, CPU, said.append).mapped and not said
+    assert image_storage.choose_location("auto", 501, CPU, said.append).mapped and "--cache auto: mmap" in said[0]
+    assert not image_storage.choose_location("memory", 501, CPU, said.append).mapped
+    assert image_storage.choose_location("mmap", 1, CPU, said.append).mapped
     monkeypatch.setattr(image_storage, "available_bytes", lambda: None)
-    assert not image_storage.choose_place("auto", 1 << 60, CPU, said.append).mapped and len(said) == 1
+    assert not image_storage.choose_location("auto", 1 << 60, CPU, said.append).mapped and len(said) == 1
 
 
 def test_container_limit(tmp_path, monkeypatch):

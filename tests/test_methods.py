@@ -32,7 +32,7 @@ from lifequant.methods.importance import protected
 from lifequant.qat.layers import fake_quants
 
 METHODS = registry.names("method")
-PENALISED = [name for name in METHODS if registry.method(name).holds_down]
+PENALISED = [name for name in METHODS if registry.method(name).has_penalty]
 
 
 def softmax(phi: np.ndarray) -> np.ndarray:
@@ -229,10 +229,14 @@ def test_compiles_once(name):
 def test_user_task():
     x, y, old, old_y = torch.randn(3, 2), torch.tensor([4, 2, 4]), torch.randn(2, 2), torch.tensor([0, 2])
     task = user_task(1, x, y, old, old_y, torch.tensor([0, 1, 2, 0]), num_classes=6, batch_size=2)
-    assert task.classes == [2, 4] and task.stored == 2 and task.counts.tolist() == [1, 0, 2, 0, 2, 0]
-    assert task.known.tolist() == [True, True, True, False, False, False]
+    assert task.classes == [2, 4] and task.buffer_count == 2 and task.counts.tolist() == [1, 0, 2, 0, 2, 0]
+    assert task.old_classes.tolist() == [True, True, True, False, False, False]
     assert torch.equal(task.batch(task.replay)[0], old) and torch.equal(task.batch(task.pool)[1], torch.cat([y, old_y]))
-    assert task.labels[task.past].tolist() == [0, 1, 2, 0]
+    assert task.labels[task.past_rows].tolist() == [0, 1, 2, 0]
     first = user_task(0, x, y, num_classes=6)
-    assert first.pool.tolist() == [0, 1, 2] and not first.known.any() and len(first.replay) == len(first.past) == 0
-    assert user_task(1, x, y, old, old_y, num_classes=6).known.tolist() == [True, False, True] + [False] * 3
+    assert (
+        first.pool.tolist() == [0, 1, 2]
+        and not first.old_classes.any()
+        and len(first.replay) == len(first.past_rows) == 0
+    )
+    assert user_task(1, x, y, old, old_y, num_classes=6).old_classes.tolist() == [True, False, True] + [False] * 3

@@ -14,10 +14,10 @@ from lifequant.evaluation.evaluate import evaluate
 from lifequant.qat.calibration import calibrate
 from lifequant.qat.layers import QuantConv2d, QuantLinear
 
-# Task 1 is best one task after it was learnt; task 2 was never learnt.
+# Task 1 is best one task after it was learned; task 2 was never learned.
 R = [[80.0, 10, 5], [60, 70, 5], [50, 75, 0]]
 OVERLAPPING = [[80.0, 40, 0], [90, 70, 20], [70, 60, 90]]  # task 0 gains from task 1
-NEVER = [[0.0, 0, 0], [0, 50, 0], [0, 40, 10]]  # task 0 was never learnt
+NEVER = [[0.0, 0, 0], [0, 50, 0], [0, 40, 10]]  # task 0 was never learned
 
 
 def test_averages():
@@ -36,7 +36,7 @@ def test_averages_of_a_task_never_learnt():
 
 
 def test_forgetting():
-    """The maximum is over t from i to T-2: not the last row, not rows before a task was learnt."""
+    """The maximum is over t from i to T-2: not the last row, not rows before a task was learned."""
     assert metrics.forgetting(R) == pytest.approx(((80 - 50) + (70 - 75)) / 2)
     assert metrics.forgetting_rate(R) == pytest.approx((100 * 30 / 80 - 100 * 5 / 70) / 2)
     assert metrics.forgetting(OVERLAPPING) == pytest.approx(((90 - 70) + (70 - 60)) / 2)
@@ -135,7 +135,7 @@ def test_quantization_error_and_scores(name):
 
     def without_rounding(layer: nn.Module) -> Tensor:
         quant = layer.weight_quant
-        return quant.from_codes(quant.into_codes(layer.weight), layer.weight)
+        return quant.dequantize(quant.to_codes(layer.weight), layer.weight)
 
     rounded = logits(model.conv.weight_quant(model.conv.weight), model.fc.weight_quant(model.fc.weight))
     smooth = logits(without_rounding(model.conv), without_rounding(model.fc))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifequant import options, registry
-from lifequant.checkpointing import checkpoint
+from lifequant.models.build import build
 from lifequant.qat.calibration import calibrate
 from lifequant.qat.code_usage import code_counts
 from lifequant.qat.layers import fake_quants
@@ -17,7 +17,7 @@ from lifequant.qat.packing import packed_model_bytes
 
 
 def network(classes: int = 10, **settings) -> nn.Module:
-    return checkpoint.build(options.make(**settings), classes)
+    return build(options.make(**settings), classes)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet20", 269_722), ("resnet56", 853_018)])
@@ -96,9 +96,9 @@ def test_code_counts():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()) and model.training
     layer, quant = model.conv1, model.relu.act_quant
     inside = model.eval().bn1(F.conv2d(x, layer.weight_quant(layer.weight), padding=1)).relu()
-    expected = (inside / quant.step()).round().clamp(0, 15).flatten().long().bincount(minlength=16)
+    expected = (inside / quant.scale()).round().clamp(0, 15).flatten().long().bincount(minlength=16)
     assert found["relu.act_quant"][2].tolist() == expected.tolist()
-    codes = (layer.weight / layer.weight_quant.step()).round().clamp(-128, 127).flatten().long()
+    codes = (layer.weight / layer.weight_quant.scale()).round().clamp(-128, 127).flatten().long()
     assert found["conv1.weight_quant"][2].tolist() == (codes + 128).bincount(minlength=256).tolist()
 
 
@@ -124,7 +124,7 @@ def test_calibrate(bits):
         width = 8 if name.split(".")[0] in ("conv1", "fc") else bits
         qp = 2 ** (width - 1) - 1 if name.endswith("weight_quant") else 2**width - 1
         expected, bound[name] = lsq_step(seen[name], qp)
-        assert quant.step().item() == pytest.approx(expected, rel=1e-4), name
+        assert quant.scale().item() == pytest.approx(expected, rel=1e-4), name
     assert bound["fc.weight_quant"] == "max"
     if bits == 8:
         assert set(bound.values()) == {"max"}

@@ -32,7 +32,7 @@ def at(monkeypatch: pytest.MonkeyPatch, place: int, steps: set[int], deed: Deed)
     done: list[int] = []
 
     def training_step(run: Any, batch: Any, factor: float) -> Any:
-        if run.place == place and run.step in steps:
+        if run.task_index == place and run.step in steps:
             done.append(run.step)
             batch = deed(run, batch)
         return batch if torch.is_tensor(batch) else STEP(run, batch, factor)
@@ -181,7 +181,7 @@ def test_the_loss_term_is_named(flags, term, tiny, tmp_path, capsys):
     """One that is not finite, or the largest where its gradient is what overflows."""
     error = fails(tiny, tmp_path / "run", capsys, num_epochs=2, **flags)
     assert "diverged in task 1, step " in error and term in error
-    assert state(tmp_path / "run")["place"] == 1
+    assert state(tmp_path / "run")["task_index"] == 1
 
 
 @pytest.mark.parametrize("lr", [1000, 1e8])
@@ -215,7 +215,7 @@ def test_chance_of():
 
 
 def warned(labels: list[int], accuracy: float) -> list[str]:
-    """What is warned of a task with these test labels, learnt so well."""
+    """What is warned of a task with these test labels, learned so well."""
     said: list[str] = []
     test = SimpleNamespace(labels=torch.tensor(labels))
     run = SimpleNamespace(

@@ -42,7 +42,7 @@ def write_codes(model: nn.Module, codes: dict[str, Tensor]) -> None:
     """With lsq's step 0.125 a code is exact."""
     with torch.no_grad():
         for name, layer in weight_layers(model):
-            layer.weight_quant.size.fill_(0.125)
+            layer.weight_quant.step_size.fill_(0.125)
             layer.weight.copy_(codes[name].float() * 0.125)
 
 
@@ -127,8 +127,8 @@ def walk(model: nn.Module, generator: torch.Generator) -> None:
         for _, layer in weight_layers(model):
             weight = layer.weight
             weight.add_(torch.randn(weight.shape, generator=generator) * (0.03 * weight.std()))
-            if hasattr(layer.weight_quant, "size"):
-                layer.weight_quant.size.mul_(1 + 0.002 * torch.randn((), generator=generator))
+            if hasattr(layer.weight_quant, "step_size"):
+                layer.weight_quant.step_size.mul_(1 + 0.002 * torch.randn((), generator=generator))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_average_against_a_loop():
     for name, value in found.items():
         np.testing.assert_allclose(value.double().numpy(), expected[name], rtol=1e-5, atol=1e-6)
     assert found["bn1.num_batches_tracked"] == 1 + 3 * 12 - 1
-    assert not torch.allclose(found["fc.weight_quant.size"], model.fc.weight_quant.size)
+    assert not torch.allclose(found["fc.weight_quant.step_size"], model.fc.weight_quant.step_size)
     assert average.memory_bytes() == sum(v.numel() * v.element_size() for v in model.state_dict().values())
 
 
@@ -163,12 +163,12 @@ class Counting(nn.Module):
 
 
 def data_set() -> DataSet:
-    """Two tasks; test image 4 is in both. Classes 0, 1, 2 have exemplars of their own colour; test images less so."""
+    """Two tasks; test image 4 is in both. Classes 0, 1, 2 have exemplars of their own color; test images less so."""
     random = torch.Generator().manual_seed(3)
-    colours = torch.tensor([[220, 40, 40], [40, 220, 40], [40, 40, 220], [220, 220, 40]])
+    colors = torch.tensor([[220, 40, 40], [40, 220, 40], [40, 40, 220], [220, 220, 40]])
 
     def images(labels: Tensor, noise: int) -> Tensor:
-        plain = colours[labels][:, :, None, None].expand(-1, -1, 4, 4)
+        plain = colors[labels][:, :, None, None].expand(-1, -1, 4, 4)
         shift = torch.randint(-noise, noise + 1, (len(labels), 3, 1, 1), generator=random)
         return (plain + shift).clamp(0, 255).to(torch.uint8)
 
@@ -180,7 +180,7 @@ def data_set() -> DataSet:
     )
 
 
-def colour(images: Tensor) -> np.ndarray:
+def color(images: Tensor) -> np.ndarray:
     mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
     return (images.double().numpy().mean((2, 3)) / 255 - mean) / std
 
@@ -190,9 +190,9 @@ def test_accuracy_by_exemplars():
     model.train()
     rows = [0, 1, 2, 4, 5, 6]  # no exemplar of class 3
     found = nme_accuracy(model, data, rows, batch_size=4)
-    f, labels = colour(data.train.images[rows]), data.train.labels[rows].numpy()
+    f, labels = color(data.train.images[rows]), data.train.labels[rows].numpy()
     means = {c: unit(unit(f[labels == c]).mean(0)) for c in (0, 1, 2)}
-    right = np.array(nearest(colour(data.test.images), means)) == data.test.labels.numpy()
+    right = np.array(nearest(color(data.test.images), means)) == data.test.labels.numpy()
     assert found == pytest.approx([100 * right[[0, 1, 2, 3, 4]].mean(), 100 * right[[4, 5, 6, 7, 8]].mean()])
     assert min(found) > 0 and max(found) < 100 and found[0] != found[1]
     assert model.images == len(rows) + 9  # image 4 once
@@ -204,7 +204,7 @@ def test_accuracy_by_exemplars():
 
 
 def test_features_are_what_the_head_takes():
-    """Not quantized, not normalised, in eval mode, batch after batch."""
+    """Not quantized, not normalized, in eval mode, batch after batch."""
     model, x = Counting(), torch.randn(5, 3, 4, 4)
     found = features(model, [x[:3], x[3:]])
     np.testing.assert_allclose(found, x.mean((2, 3)).flip(1), atol=1e-6)
@@ -217,12 +217,12 @@ def test_features_are_what_the_head_takes():
 
 
 def task(images: int = 60) -> Task:
-    """Five classes of five colours; class 0 has most images."""
+    """Five classes of five colors; class 0 has most images."""
     labels = torch.tensor([0] * (images - 16) + [1, 2, 3, 4] * 4)
     random = torch.Generator().manual_seed(0)
-    colours = torch.tensor([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20], [20, 230, 230]])
+    colors = torch.tensor([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20], [20, 230, 230]])
     noise = torch.randint(-15, 16, (images, 3, 8, 8), generator=random)
-    x = (colours[labels][:, :, None, None] + noise).clamp(0, 255).to(torch.uint8)
+    x = (colors[labels][:, :, None, None] + noise).clamp(0, 255).to(torch.uint8)
     every, none = torch.arange(images), torch.arange(0)
     return Task(0, [0, 1, 2, 3, 4], x, labels, every[:50], every[50:], none, 5, 16)
 
@@ -237,7 +237,7 @@ def biased_net() -> SmallNet:
     job = task()
     reestimate_bn(model, [job.batch(job.pool)[0]])
     with torch.no_grad():
-        model.fc.weight_quant.size.fill_(0.05)
+        model.fc.weight_quant.step_size.fill_(0.05)
         model.fc.bias.copy_(torch.tensor([10.0, 0, 0, 0, 0]))
     return model
 
@@ -278,10 +278,10 @@ def test_two_steps_of_the_head_by_hand():
     model, job = small_net(), task()
     fc = model.fc
     with torch.no_grad():
-        fc.weight_quant.size.mul_(0.5)  # some weights are clipped: they have no gradient
+        fc.weight_quant.step_size.mul_(0.5)  # some weights are clipped: they have no gradient
     inputs = features(model, [job.batch(job.pool)[0]])
-    x = (fc.act_quant.codes(inputs) * fc.act_quant.step()).double().numpy()
-    s = fc.weight_quant.step().item()
+    x = (fc.act_quant.codes(inputs) * fc.act_quant.scale()).double().numpy()
+    s = fc.weight_quant.scale().item()
     w, b = (p.detach().double().numpy() for p in (fc.weight, fc.bias))
     vw = vb = 0
     draws, y = generator(5), job.labels.numpy()

@@ -119,7 +119,7 @@ def test_per_batch():
 
 @pytest.mark.parametrize("name", ANCHORED)
 def test_zero_until_weights_move(name):
-    """Nothing is held in task 0, wherever the weights go; in task 1 what was learnt is."""
+    """Nothing is held in task 0, wherever the weights go; in task 1 what was learned is."""
     model = network()
     guard = PENALTIES[name](SimpleNamespace(ll_lambda=1.0))
     guard.begin_task(model, make_task(0))
@@ -185,7 +185,7 @@ def test_proxq_paper():
 def test_proxq_published(per_channel):
     """All parameters but the quantizers', latent; batch means over all replay images, in eval mode."""
     model, task = network("lsq", per_channel=per_channel), make_task()
-    assert any(p.dim() == 1 for name, p in model.named_parameters() if name.endswith(".size")) == per_channel
+    assert any(p.dim() == 1 for name, p in model.named_parameters() if name.endswith(".step_size")) == per_channel
     guard = penalty_of("proxq_published", model, task)
     assert model.training
     reference = copy.deepcopy(model).eval()
@@ -196,7 +196,7 @@ def test_proxq_published(per_channel):
         F.cross_entropy(reference(x[i : i + 8]), y[i : i + 8]).backward()
         squares.append({n: p.grad.double().numpy() ** 2 for n, p in reference.named_parameters()})
     move(model)
-    names = {n for n, p in model.named_parameters() if not n.endswith(".size")}
+    names = {n for n, p in model.named_parameters() if not n.endswith(".step_size")}
     assert {"conv1.weight", "bn1.bias", "fc.weight", "fc.bias"} <= names and set(guard.anchor) == names
     expected = sum(
         (
@@ -217,7 +217,7 @@ def test_proxq_step(quantizer):
     quants = {n: model.get_submodule(n).weight_quant for n in CONVS}
     if quantizer == "lsq":
         for quant in quants.values():
-            quant.size.data.fill_(0.1)  # cells as wide as the weights will move, so that some stay within
+            quant.step_size.data.fill_(0.1)  # cells as wide as the weights will move, so that some stay within
     r = {n: quants[n].codes(former[n]).double().numpy() for n in CONVS}
     gone = torch.tensor([row for row in range(12) if row % 3 != 2])
     x, y = task.batch(gone)
@@ -234,7 +234,7 @@ def test_proxq_step(quantizer):
             c = quant.c.item()
             mean, std, cell = latent.mean(), latent.std(), c / quant.qp
         else:
-            mean, std, cell = 0.0, 1.0, quant.size.item()
+            mean, std, cell = 0.0, 1.0, quant.step_size.item()
         z = (latent - mean) / std
         importance = np.minimum(fisher[n] / fisher[n].mean(), 10)
         d, h = z - r[n] * cell, cell / 2

@@ -50,31 +50,31 @@ def lsq(kind: str) -> Reference:
         features = x.size if kind == "weight" else x[0].size  # of one image
         v, s = (
             torch.tensor(x, requires_grad=True),
-            torch.tensor(quant.size.item(), dtype=torch.float64).requires_grad_(),
+            torch.tensor(quant.step_size.item(), dtype=torch.float64).requires_grad_(),
         )
         y = LSQPaper.apply(v, s, low, high, 1 / np.sqrt(features * high))
         y.backward(torch.tensor(dy))
-        return y.detach().numpy(), v.grad.numpy(), {"size": s.grad.item()}
+        return y.detach().numpy(), v.grad.numpy(), {"step_size": s.grad.item()}
 
     return reference
 
 
 def lsqplus_activation(quant, x, dy):
-    s, b, (_, high) = quant.size.item(), quant.offset.item(), levels_of(quant, "activation")
+    s, b, (_, high) = quant.step_size.item(), quant.offset.item(), levels_of(quant, "activation")
     g, u = 1 / np.sqrt(x[0].size * high), (x - b) / s
     q, inside = np.round(np.clip(u, 0, high)), (u > 0) & (u < high)
     ds = np.where(inside, q - u, q)
-    return s * q + b, dy * inside, {"size": g * (dy * ds).sum(), "offset": g * (dy * ~inside).sum()}
+    return s * q + b, dy * inside, {"step_size": g * (dy * ds).sum(), "offset": g * (dy * ~inside).sum()}
 
 
 def llsq(kind: str) -> Reference:
     def reference(quant, x, dy):
-        a, (low, high) = quant.size.item(), levels_of(quant, kind)
+        a, (low, high) = quant.step_size.item(), levels_of(quant, kind)
         values = {f: f * a * np.clip(np.round(x / (f * a)), low, high) for f in (0.5, 1, 2)}
         errors = {f: ((x - v) ** 2).sum() for f, v in values.items()}
         gradient = {0.5: a**2, 1: 0.0, 2: -(a**2)}[min(errors, key=errors.get)]
         inside = (x / a > low) & (x / a < high)
-        return values[1], dy if kind == "weight" else dy * inside, {"size": gradient}
+        return values[1], dy if kind == "weight" else dy * inside, {"step_size": gradient}
 
     return reference
 
@@ -121,7 +121,7 @@ def apot(kind: str) -> Reference:
 def through(codes: Callable, values: Callable, **bounds: Callable) -> Reference:
     """Straight through the rounding of ``codes(quant, x, **parameters)``, by central differences of all else.
 
-    ``bounds``: a getter of each learnt parameter.
+    ``bounds``: a getter of each learned parameter.
     """
 
     def reference(quant, x, dy):
@@ -195,10 +195,10 @@ def compare(quant: nn.Module, kind: str, name: str, x: Array, dy: Array) -> dict
     out.backward(torch.tensor(dy))
     np.testing.assert_allclose(out.detach(), y, rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(v.grad, dx, rtol=1e-6, atol=1e-7)
-    learnt = {key: p.grad.item() for key, p in quant.named_parameters() if p.requires_grad}
-    assert set(learnt) == set(gradients)
+    learned = {key: p.grad.item() for key, p in quant.named_parameters() if p.requires_grad}
+    assert set(learned) == set(gradients)
     for key, value in gradients.items():
-        np.testing.assert_allclose(learnt[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(learned[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
     return gradients
 
 
@@ -231,7 +231,7 @@ def test_llsq_descends_to_the_better_step(kind):
         x, dy = inputs(quant, kind, 0)
         a = factor * (0.25 if kind == "weight" else 0.14)
         with torch.no_grad():
-            quant.size.fill_(a)
+            quant.step_size.fill_(a)
         for upstream in (dy, -7 * dy):
             quant.zero_grad()
-            assert compare(quant, kind, "llsq", x, upstream)["size"] == pytest.approx(sign * a**2, rel=1e-12)
+            assert compare(quant, kind, "llsq", x, upstream)["step_size"] == pytest.approx(sign * a**2, rel=1e-12)

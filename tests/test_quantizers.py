@@ -54,13 +54,13 @@ def test_codes(name, kind, seen, other, bits):
     if kind == "activation" and not quant.before_relu:
         seen, other = seen.abs(), other.abs()
     quant.calibrate(seen)
-    assert quant.step().shape == () and quant.step() > 0
+    assert quant.scale().shape == () and quant.scale() > 0
     for x in (seen, other):
         x = x.clone().requires_grad_()
         values, codes = quant(x), quant.codes(x)
         assert values.shape == codes.shape == x.shape and not codes.is_floating_point()
         assert torch.isfinite(values).all()
-        assert torch.equal(values, quant.from_codes(codes.to(x.dtype), x))
+        assert torch.equal(values, quant.dequantize(codes.to(x.dtype), x))
         if not quant.exceeds_bits:
             assert len(values.unique()) <= 2**bits and codes.dtype == torch.int16
             assert quant.qn <= codes.min() and codes.max() <= quant.qp and quant.qp - quant.qn < 2**bits
@@ -73,16 +73,16 @@ def test_codes(name, kind, seen, other, bits):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_latent(name, kind):
-    """latent() is the inverse of into_codes() in range; without rounding nothing but clamp and round is skipped."""
+    """latent() is the inverse of to_codes() in range; without rounding nothing but clamp and round is skipped."""
     for bits in (2, 4, 8):
         quant = make(name, kind, bits).double()
         x = bell(40, 5).double().clamp(-1.3, 1.3)
         x = x if kind == "weight" or quant.before_relu else x.abs()
         quant.calibrate(x)
-        u = quant.into_codes(x)
-        torch.testing.assert_close(quant.latent(u, x), x, rtol=1e-6, atol=1e-9)
+        u = quant.to_codes(x)
+        torch.testing.assert_close(quant.inverse(u, x), x, rtol=1e-6, atol=1e-9)
         quant.rounding = False
-        torch.testing.assert_close(quant(x), quant.from_codes(u, x), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(quant(x), quant.dequantize(u, x), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,11 +139,11 @@ def test_calibrate_in_place(name, kind):
     before = {key: id(value) for key, value in quant.named_parameters()}
     x = torch.rand(8, 16) - (0.5 if kind == "weight" else 0)
     quant.calibrate(x)
-    step = quant.step().clone()
+    step = quant.scale().clone()
     quant.calibrate(10 * x)
     assert {key: id(value) for key, value in quant.named_parameters()} == before
     grows = 1 if name in FIXED[kind] else 10
-    assert quant.step().item() == pytest.approx(grows * step.item(), rel=1e-5)
+    assert quant.scale().item() == pytest.approx(grows * step.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -166,7 +166,7 @@ def test_one_step_a_channel(name):
         torch.testing.assert_close(values[i : i + 1], value)
         torch.testing.assert_close(x.grad[i : i + 1], alone.grad)
         assert torch.equal(many.codes(w)[i : i + 1], one.codes(w[i : i + 1]))
-        torch.testing.assert_close(many.latent(many.into_codes(w), w)[i], w[i], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(many.inverse(many.to_codes(w), w)[i], w[i], rtol=1e-5, atol=1e-7)
         for key, p in one.named_parameters():
             if p.requires_grad:
                 torch.testing.assert_close(dict(many.named_parameters())[key].grad[i], p.grad)
@@ -231,7 +231,7 @@ def test_lsqplus_offset(bits, data):
     assert (quant(x) - x).square().mean() <= 1.02 * least
     if data == "shifted":
         assert quant.offset.item() == pytest.approx(2, abs=0.5)
-    assert [id(p) for p in quant.step_parameters()] == [id(quant.size)]
+    assert [id(p) for p in quant.scale_parameters()] == [id(quant.step_size)]
 
 
 def test_powers_of_two():
@@ -260,7 +260,7 @@ def test_lsq_step(bits, kind):
     mean, cap = 2 * np.abs(v).mean() / np.sqrt(qp), np.abs(v).max() / qp
     quant = make("lsq", kind, bits).double()
     quant.calibrate(torch.tensor(v))
-    assert quant.step().item() == pytest.approx(min(mean, cap), rel=1e-12)
+    assert quant.scale().item() == pytest.approx(min(mean, cap), rel=1e-12)
     if bits == 2:
         assert mean < cap
     if bits == 8:
@@ -269,15 +269,15 @@ def test_lsq_step(bits, kind):
 
 
 def test_proxq_space_is_the_same_for_every_task():
-    """Codes depend on (w - mean)/std alone; latent() undoes into_codes()."""
+    """Codes depend on (w - mean)/std alone; latent() undoes to_codes()."""
     w = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     quant = make("proxq", "weight", 4).double()
     quant.calibrate(w)
     assert torch.equal(quant.codes(w), quant.codes(5 * w - 3))
-    torch.testing.assert_close(quant.latent(quant.into_codes(w), w), w)
-    step = quant.step().clone()
+    torch.testing.assert_close(quant.inverse(quant.to_codes(w), w), w)
+    step = quant.scale().clone()
     quant(5 * w)
-    assert quant.step() == step  # alpha is set from data once
+    assert quant.scale() == step  # alpha is set from data once
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -84,7 +84,7 @@ def test_other_packages(tmp_path):
     assert done.returncode == 0 and {"halved", "same", "resnet8", "ours", "lsq"} <= set(names), done.stderr
     code = "from lifequant import checkpoint, options; \
         c = options.make(method='halved', quantizer='same', target_model='resnet8', csv_dir='x'); \
-        print(sum(p.numel() for p in checkpoint.build(c, 10).parameters() if p.dim() == 4))"
+        print(sum(p.numel() for p in build(c, 10).parameters() if p.dim() == 4))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     convolutions = 3 * 16 + 2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64 + 64 * 64
     assert done.stdout.strip() == str(9 * convolutions), done.stderr

@@ -12,6 +12,7 @@ from tiny import train
 
 from lifequant import train as training
 from lifequant.checkpointing import checkpoint
+from lifequant.models.build import build
 from lifequant.training.ema import WeightAverage
 
 
@@ -25,14 +26,14 @@ def test_distillation_is_from_the_former_model(tiny, tmp_path, monkeypatch):
         logits = run.model(batch.x).detach()
         run.model.load_state_dict(kept)
         sums = step(run, batch, factor)
-        seen.append((run.place, batch, logits, sums[0].item() / len(batch.y)))
+        seen.append((run.task_index, batch, logits, sums[0].item() / len(batch.y)))
         return sums
 
     monkeypatch.setattr(training, "training_step", training_step)
     flags = {"distill": 0.5, "distill_temperature": 3, "quantizer": "lsq"}
     train(tiny, tmp_path / "run", method="replay", **flags)
     former = checkpoint.read(tmp_path / "run" / "checkpoint" / "task0.pt", "run")
-    teacher = checkpoint.build(training_config(tmp_path / "run"), 6).eval()
+    teacher = build(training_config(tmp_path / "run"), 6).eval()
     teacher.load_state_dict(former["model"])
     known, seen_classes = sorted({int(c) for place, batch, *_ in seen for c in batch.y if place == 0}), 6
     for place, batch, logits, loss in seen:
@@ -108,7 +109,7 @@ def test_bits_of_layers(tiny, tmp_path):
     assert saved == weights * 2 // 8 + 6 * 64 * 4 // 8
 
 
-def test_regularisers_say_what_to_look_at(tiny, tmp_path, capsys):
+def test_regularizers_say_what_to_look_at(tiny, tmp_path, capsys):
     train(tiny, tmp_path / "alone", method="ewc")
     assert "task-masked accuracy is where such methods differ" in capsys.readouterr().out
     train(tiny, tmp_path / "helped", method="ewc", replay_rate=0.2)

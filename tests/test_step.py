@@ -119,11 +119,11 @@ def test_step_lr(share, tiny, tmp_path, monkeypatch):
     step, moves = training.training_step, []
 
     def training_step(run: Any, batch: Any, factor: float) -> Any:
-        learnt = [p for p in run.model.parameters() if p.requires_grad]
-        before = [p.detach().clone() for p in learnt]
+        learned = [p for p in run.model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in learned]
         sums = step(run, batch, factor)
-        sizes = {id(p) for p in run.steps.parameters}
-        moves.extend((id(p) in sizes, p.detach() - b, p.grad.clone()) for p, b in zip(learnt, before, strict=True))
+        sizes = {id(p) for p in run.scales.parameters}
+        moves.extend((id(p) in sizes, p.detach() - b, p.grad.clone()) for p, b in zip(learned, before, strict=True))
         return sums
 
     monkeypatch.setattr(training, "training_step", training_step)
@@ -154,13 +154,15 @@ def test_step_sizes_stay_positive(tiny, tmp_path, monkeypatch):
 
     def training_step(run: Any, batch: Any, factor: float) -> Any:
         with torch.no_grad():
-            run.steps.parameters[5].fill_(-0.1)
+            run.scales.parameters[5].fill_(-0.1)
         return step(run, batch, factor)
 
     monkeypatch.setattr(training, "training_step", training_step)
     found = train(tiny, tmp_path / "run", method="original", num_tasks=1, lr=1e-9)
     state = checkpoint.read(tmp_path / "run" / "model_best.pt", "model")["model"]
-    sizes = {name.removesuffix(".size"): value.item() for name, value in state.items() if name.endswith(".size")}
+    sizes = {
+        name.removesuffix(".step_size"): value.item() for name, value in state.items() if name.endswith(".step_size")
+    }
     low = [name for name, value in sizes.items() if value < 1e-3]
     assert len(low) == 1 and sizes[low[0]] == pytest.approx(STEP_FLOOR)
     assert [low[0] in warning for warning in found["warnings"] if "at its floor" in warning] == [True]
@@ -171,9 +173,9 @@ def test_step_sizes_change_by_a_tenth_at_most(tiny, tmp_path, monkeypatch):
     step, sizes = training.training_step, []
 
     def training_step(run: Any, batch: Any, factor: float) -> Any:
-        before = [p.item() for p in run.steps.parameters]
+        before = [p.item() for p in run.scales.parameters]
         sums = step(run, batch, factor)
-        sizes.extend(zip(before, (p.item() for p in run.steps.parameters), strict=True))
+        sizes.extend(zip(before, (p.item() for p in run.scales.parameters), strict=True))
         return sums
 
     monkeypatch.setattr(training, "training_step", training_step)

@@ -65,7 +65,7 @@ def test_proxq_function():
     guard = PENALTIES["proxq_function"](SimpleNamespace(ll_lambda=1.0))
     guard.begin_task(model, make_task(0))
     guard.begin_task(model, task)
-    assert guard.holds_down and guard.penalty(model) == 0 and model.training
+    assert guard.has_penalty and guard.penalty(model) == 0 and model.training
     phi = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
     rows = torch.tensor([30, 1, 25, 6, 1, 31])
     batch = Batch(rows, rows, rows < 20, rows)

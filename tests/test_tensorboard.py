@@ -14,6 +14,7 @@ from lifequant.__main__ import train as command
 from lifequant.results import results
 from lifequant.results.table import table
 from lifequant.runtime.tensorboard import matrix_picture
+from lifequant.training import history
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -109,11 +110,11 @@ def test_resumed_curves(call, job, tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return results_step_sums(*args)
 
-    results_step_sums = results.step_sums
+    results_step_sums = history.step_sums
     more = {"method": "ours", "csv_dir": tiny.csvs3, "print_freq": 2, "checkpoint_seconds": 0}
     argv = arguments(settings(tiny, tmp_path / "run", **more))
     with monkeypatch.context() as patch:
-        patch.setattr(results, "step_sums", dying)
+        patch.setattr(history, "step_sums", dying)
         with pytest.raises(KeyboardInterrupt):
             command(argv)
     assert command([*argv, "--resume"]) == 0

@@ -22,7 +22,7 @@ from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.results import results
 from lifequant.runtime.device import COMPILE_FROM_STEPS, wants_compile
-from lifequant.training import timer
+from lifequant.training import history, timer
 
 CPU = torch.device("cpu")
 
@@ -51,8 +51,8 @@ def test_each_second_has_one_kind(monkeypatch):
     hours = Hours(monkeypatch)
     graphs = [0]
     monkeypatch.setattr(timer, "_graphs", lambda: graphs[0])
-    history = results.new_history()
-    times = timer.Clock(history, begin=990.0)
+    rows = history.new_history()
+    times = timer.Clock(rows, begin=990.0)
     assert times.time_share() is None  # nothing but start-up yet
     hours.now += 5  # 15 s in all
     times.switch("other")
@@ -72,9 +72,9 @@ def test_each_second_has_one_kind(monkeypatch):
         with times.part("evaluation", "evaluation"):
             hours.now += 7
         hours.now += 2
-    assert history["seconds_by_part"] == {"method": 12, "evaluation": 7}
+    assert rows["seconds_by_part"] == {"method": 12, "evaluation": 7}
     times.stop()
-    times = timer.Clock(dict(history))  # as after a resumption
+    times = timer.Clock(dict(rows))  # as after a resumption
     hours.now += 1
     times.switch("checkpoint")
     hours.now += 6
@@ -91,7 +91,7 @@ def test_time_share_of_a_run(tiny, tmp_path, monkeypatch):
     hours = Hours(monkeypatch)
     load = hours.slow(monkeypatch, loop, "load_dataset", 100)
     batches = hours.slow(monkeypatch, loop, "make_batch", 1)
-    steps = hours.slow(monkeypatch, results, "step_sums", 10)
+    steps = hours.slow(monkeypatch, history, "step_sums", 10)
     tests = hours.slow(monkeypatch, results, "evaluate", 4)
     windows = hours.slow(monkeypatch, results, "refuse_divergence", 2)
     saved = hours.slow(monkeypatch, checkpoint, "model_state", 3)  # at the end, when results are written
@@ -113,9 +113,9 @@ def test_time_goes_on_after_a_resumption(tiny, tmp_path, monkeypatch):
     argv = arguments(settings(tiny, tmp_path / "run", method="replay", checkpoint_seconds=0))
     hours = Hours(monkeypatch)
     hours.slow(monkeypatch, loop, "load_dataset", 100)
-    steps = hours.slow(monkeypatch, results, "step_sums", 10)
+    steps = hours.slow(monkeypatch, history, "step_sums", 10)
     with monkeypatch.context() as patch:
-        kill_at(patch, results, "step_sums", 4)
+        kill_at(patch, history, "step_sums", 4)
         with pytest.raises(Killed):
             command(argv)
     assert command([*argv, "--resume"]) == 0
@@ -128,7 +128,7 @@ def test_time_goes_on_after_a_resumption(tiny, tmp_path, monkeypatch):
 
 def test_the_clock_is_cheap():
     """Two switches, a step and a window a step: far below 0.5 % of the shortest step, some 10 ms."""
-    times = timer.Clock(results.new_history())
+    times = timer.Clock(history.new_history())
     fastest = 1.0
     for _ in range(5):
         begin = time.perf_counter()
@@ -231,7 +231,7 @@ def test_a_resumed_run_compiles_as_before(tiny, tmp_path, monkeypatch, capsys):
     train(tiny, tmp_path / "straight", **base)
     argv = arguments(settings(tiny, tmp_path / "run", **base))
     with monkeypatch.context() as patch:
-        kill_at(patch, results, "step_sums", 4)
+        kill_at(patch, history, "step_sums", 4)
         with pytest.raises(Killed):
             command(argv)
     assert checkpoint.read(tmp_path / "run" / "checkpoint" / "last.pt", "run")["compiled"] is False

@@ -21,14 +21,14 @@ TRAIN, TEST = 8, 4  # images a class
 
 
 def write_images(root: Path, classes: list[str] = CLASSES, train: int = TRAIN, test: int = TEST) -> Path:
-    """train/<class>/0001.png, ... and test/<class>/...: noise around a colour of the class."""
+    """train/<class>/0001.png, ... and test/<class>/...: noise around a color of the class."""
     noise = np.random.default_rng(0)
-    colours = noise.integers(60, 196, (len(classes), 3))
+    colors = noise.integers(60, 196, (len(classes), 3))
     for side, count in (("train", train), ("test", test)):
-        for colour, name in zip(colours, classes, strict=True):
+        for color, name in zip(colors, classes, strict=True):
             (root / side / name).mkdir(parents=True)
             for number in range(1, count + 1):
-                pixels = colour + noise.integers(-60, 60, (SIDE, SIDE, 3))
+                pixels = color + noise.integers(-60, 60, (SIDE, SIDE, 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(root / side / name / f"{number:04d}.png")
     return root
 

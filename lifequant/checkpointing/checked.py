@@ -24,7 +24,7 @@ NAME_LENGTH = 255  # of a class: it was a folder's name
 LARGEST_IMAGE = 4096  # pixels a side
 LARGEST_COUNT = 2**53
 _MODEL = {"config": dict, "options": dict, "class_names": list, "preprocessing": dict, "model": dict}
-_RUN = {"config": dict, "data_key": list, "place": int, "step": int, "model": dict, "optimizer": dict, "method": dict,
+_RUN = {"config": dict, "data_key": list, "task_index": int, "step": int, "model": dict, "optimizer": dict, "method": dict,
         "penalty": (dict, type(None)), "average": (dict, type(None)), "bounded": Tensor,
         "oscillations": (dict, type(None)), "sums": Tensor, "epoch_sums": Tensor, "best": dict, "history": dict,
         "warnings": list, "compiled": bool, "processes": int}  # fmt: skip
@@ -59,7 +59,7 @@ def content(state: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(state[name], kind) or (isinstance(state[name], bool) and kind is int):
             misfit(path, name, state[name])
     if state["kind"] == "run":
-        for name, least in (("place", 0), ("step", 0), ("processes", 1)):
+        for name, least in (("task_index", 0), ("step", 0), ("processes", 1)):
             if not least <= state[name] < LARGEST_COUNT:
                 misfit(path, name, state[name])
         if any(not isinstance(text, str) for name in ("data_key", "warnings") for text in state[name]):

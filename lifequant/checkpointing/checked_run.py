@@ -21,8 +21,8 @@ _NUMBERS = (float, int)
 def fits(state: Mapping[str, Any], run: Run, path: Path) -> None:
     """Whether a run's state has the structure of a new run's: types, names, shapes and dtypes."""
     fresh = run.content()
-    if state["place"] > run.num_tasks:
-        misfit(path, "place", state["place"])
+    if state["task_index"] > run.num_tasks:
+        misfit(path, "task_index", state["task_index"])
     groups, params = state["optimizer"].get("param_groups"), state["optimizer"].get("state")
     like(path, "optimizer, param_groups", fresh["optimizer"]["param_groups"], groups)
     if not isinstance(params, dict):
@@ -46,7 +46,7 @@ def fits(state: Mapping[str, Any], run: Run, path: Path) -> None:
             like(path, "average", fresh["model"], average)
     if state["best"]:
         like(path, "best", {"top1": 0.0, "epoch": 0, "model": fresh["model"]}, state["best"])
-    _history(path, fresh["history"], state["history"], run, state["place"])
+    _history(path, fresh["history"], state["history"], run, state["task_index"])
     finite(state["model"], path)
 
 

@@ -61,7 +61,7 @@ def write_bytes(path: Path, content: bytes | memoryview, previous: Path | None =
             fault_injection.point("checkpoint")
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists() and whole(path):  # a broken one must not take a whole one's place
+        if previous is not None and path.exists() and is_intact(path):  # a broken one must not take a whole one's place
             _keep(path, previous)
         fault_injection.point("rename")
         os.replace(temporary, path)
@@ -83,7 +83,7 @@ def _keep(path: Path, previous: Path) -> None:
         link.unlink(missing_ok=True)
 
 
-def whole(path: Path) -> bool | None:
+def is_intact(path: Path) -> bool | None:
     """Whether a checkpoint's content is what was written; None where it has no checksum. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -111,7 +111,7 @@ def read_last(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], P
 def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint of that kind. Raises UserError for anything else."""
     try:
-        checksum = whole(path)
+        checksum = is_intact(path)
         if checksum is False:
             raise ValueError
         checked.archive(path)

@@ -48,7 +48,7 @@ def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_of_disk(job: Path) -> Iterator[None]:
+def explain_disk_errors(job: Path) -> Iterator[None]:
     """What the file system refuses in mid-run (a full disk, a quota, a folder made read-only) is a UserError that says how
     to go on."""
     try:
@@ -167,7 +167,7 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
             raise UserError(
                 f"{path}: {name} was {theirs.get(name)}, now it is {ours.get(name)}; a run goes on only with its own settings"
             )
-    lacking = [task for task in range(state["place"]) if not (path.parent / f"task{task}.pt").is_file()]
+    lacking = [task for task in range(state["task_index"]) if not (path.parent / f"task{task}.pt").is_file()]
     if lacking:
         raise UserError(
             f"{path}: task{lacking[0]}.pt is not beside it: name a checkpoint in the folder that its run wrote"
@@ -180,7 +180,7 @@ _LATER = {"method", "penalty", "ll_lambda", "replay_rate", "buffer_size", "disti
 _ELSEWHERE = {"dataset", "num_tasks", "task_id", "num_classes", "ll_method", "preset", "balanced", "arch", "start_task"}
 
 
-def unlike(config: Config, theirs: dict[str, Any]) -> str | None:
+def fork_conflict(config: Config, theirs: dict[str, Any]) -> str | None:
     """Why ``config`` can't begin at its ``start_task`` with the state of a run whose settings are ``theirs``; None: it can."""
     ours = config.asdict()
     apart = _ELSEWHERE | free_names() | (_LATER if config.start_task == 1 else set())
@@ -207,7 +207,7 @@ def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
             f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1}"
         )
     state = checkpoint.read(path, "run")
-    if why := unlike(config, state["config"]):
+    if why := fork_conflict(config, state["config"]):
         raise UserError(f"--from {run}: {why}")
     needed = slice(None) if config.start_task > 1 else slice(1)
     if state["data_key"][needed] != data_key[needed]:

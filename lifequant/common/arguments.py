@@ -115,7 +115,7 @@ def share(text: str) -> float:
     return value / 100 if value > 1 else value
 
 
-def whole(least: int) -> Callable[[str], int]:
+def int_at_least(least: int) -> Callable[[str], int]:
     """The type of a whole number that is at least ``least``."""
 
     def convert(text: str) -> int:

@@ -37,7 +37,7 @@ def augmentation(config: Config) -> Callable[[Tensor, torch.Generator], Tensor]:
     return partial(resized_crop_and_flip, least=config.crop_scale)
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] in 0..255 -> float32, channels-last."""
     mean, std = _statistics(images.device)
     return images.float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
@@ -101,9 +101,9 @@ def random_boxes(n: int, height: int, width: int, generator: torch.Generator, le
     return torch.stack([top, left, rows, columns], 1).long(), draws[:, -1] < 0.5
 
 
-def _sources(places: Tensor, start: Tensor, length: Tensor, whole: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(pixel below, pixel above, the latter's weight times _ONE), int64 [N, whole], for output ``places`` [N, whole]."""
-    source = (places + 0.5) * (length / whole)[:, None] - 0.5
+def _sources(positions: Tensor, start: Tensor, length: Tensor, whole: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(pixel below, pixel above, the latter's weight times _ONE), int64 [N, whole], for output ``positions`` [N, whole]."""
+    source = (positions + 0.5) * (length / whole)[:, None] - 0.5
     source = source.clamp(min=0).minimum(length[:, None] - 1) + start[:, None]
     below = source.floor()
     above = torch.minimum(below + 1, (start + length - 1)[:, None])

@@ -20,12 +20,11 @@ from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
 from lifequant.data.augment import augmentation
 from lifequant.data.image_cache import default_cache_dir, load_images
-from lifequant.data.image_storage import choose_place
+from lifequant.data.image_storage import choose_location
 from lifequant.data.replay import stored_rows
 from lifequant.data.split import long_tail, lowest, share_of_each
 from lifequant.data.task import Task
 from lifequant.data.task_csv import Rows, csv_name, leaves_root, prefixes, read_rows, task_numbers
-from lifequant.methods.base import LifelongMethod
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Store:
 
     paths: list[str]
     labels: Tensor  # int64 [N]
-    images: Tensor  # uint8 [N, 3, H, W], where memory.choose_place says: rows of it by memory.take
+    images: Tensor  # uint8 [N, 3, H, W], where memory.choose_location says: rows of it by memory.take
 
 
 @dataclass
@@ -46,7 +45,7 @@ class DataSet:
     ids: list[int]
     train: Store
     test: Store
-    new: list[list[int]]  # rows in train, a list a task
+    new_rows: list[list[int]]  # rows in train, a list a task
     held_out: list[list[int]]  # rows in train: validation images, never trained on or stored
     replay_csv: list[list[int]] | None  # rows in train to be stored of each task, where CSVs say so
     test_rows: list[list[int]]  # rows in test
@@ -55,10 +54,10 @@ class DataSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def classes(self, place: int) -> list[int]:
+    def classes(self, task_index: int) -> list[int]:
         """Labels of a task: of its training and its test images."""
-        train = self.train.labels[self.new[place]].tolist()
-        return sorted({*train, *self.test.labels[self.test_rows[place]].tolist()})
+        train = self.train.labels[self.new_rows[task_index]].tolist()
+        return sorted({*train, *self.test.labels[self.test_rows[task_index]].tolist()})
 
     def stored(self, tasks: int, config: Config) -> list[int]:
         """Rows in train that are kept for replay after the first so many tasks."""
@@ -67,29 +66,30 @@ class DataSet:
         if self.replay_csv is not None and config.buffer_size is None:
             return sorted(set().union(*self.replay_csv[:tasks]))
         labels, rate = self.train.labels.tolist(), REPLAY_RATE if config.replay_rate is None else config.replay_rate
-        return stored_rows(self.train.paths, labels, self.new[:tasks], rate, config.buffer_size, config.seed)
+        return stored_rows(self.train.paths, labels, self.new_rows[:tasks], rate, config.buffer_size, config.seed)
 
-    def task(self, place: int, config: Config, method: LifelongMethod) -> Task:
-        """What a method sees of the task; a joint method sees all tasks as one."""
-        new = sorted(set().union(*self.new)) if method.joint else self.new[place]
-        past = [] if method.joint else self.new[:place]
-        stored = [] if method.joint else self.stored(place, config)
+    def task(self, task_index: int, config: Config, joint: bool = False) -> Task:
+        """What a method sees of the task; with ``joint`` all tasks are one."""
+        new = sorted(set().union(*self.new_rows)) if joint else self.new_rows[task_index]
+        past = [] if joint else self.new_rows[:task_index]
+        stored = [] if joint else self.stored(task_index, config)
         here, device = set(new), self.train.labels.device
 
         def rows(values: Sequence[int]) -> Tensor:
             return torch.tensor(sorted(values), dtype=torch.int64, device=device)
 
         return Task(
-            id=place,
+            task_index=task_index,
+            csv_id=self.ids[task_index],
             classes=sorted({*self.train.labels[new].tolist()}),
             images=self.train.images,
             labels=self.train.labels,
-            new=rows(new),
+            new_rows=rows(new),
             replay=rows([r for r in stored if r not in here]),
-            past=rows(set().union(*past) if past else []),
+            past_rows=rows(set().union(*past) if past else []),
             num_classes=self.num_classes,
             batch_size=config.train_batch_size,
-            stored=len(stored),
+            buffer_count=len(stored),
             augment=augmentation(config),
         )
 
@@ -141,7 +141,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     test = sorted({image for t in ids for image, _ in tests[t]})
     stats = _checked_images(root, sorted({*train, *test}), prefix)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    where = choose_place(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
+    where = choose_location(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
 
     def store(paths: list[str], kind: str) -> Store:
         images = load_images(
@@ -157,18 +157,18 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
         images = images.to(device) if where.resident else images
         return Store(paths, torch.tensor([label_of[p] for p in paths], device=device), images)
 
-    place = {path: i for i, path in enumerate(train)}
-    test_place = {path: i for i, path in enumerate(test)}
+    row_of = {path: i for i, path in enumerate(train)}
+    test_row_of = {path: i for i, path in enumerate(test)}
     return DataSet(
         prefix=prefix,
         class_names=names,
         ids=ids,
         train=store(train, "train"),
         test=store(test, "test"),
-        new=[sorted(place[p] for p in images) for images in new],
-        held_out=[sorted(place[p] for p in images) for images in held_out],
-        replay_csv=replay and [sorted(place[p] for p in images) for images in replay],
-        test_rows=[sorted(test_place[p] for p, _ in tests[t]) for t in ids],
+        new_rows=[sorted(row_of[p] for p in images) for images in new],
+        held_out=[sorted(row_of[p] for p in images) for images in held_out],
+        replay_csv=replay and [sorted(row_of[p] for p in images) for images in replay],
+        test_rows=[sorted(test_row_of[p] for p, _ in tests[t]) for t in ids],
     )
 
 
@@ -237,7 +237,7 @@ def _long_tail(
     labels = [label_of[image] for image in images]
     kept = lowest(images, labels, long_tail(Counter(labels), num_classes, config.lt_gamma), config.seed, "long_tail")
     say(f"--lt_gamma {config.lt_gamma:g}: {len(kept)} of {len(images)} training images are kept")
-    return {images[place] for place in kept}
+    return {images[index] for index in kept}
 
 
 def _held_out(config: Config, kept: set[str], label_of: dict[str, int]) -> set[str]:
@@ -246,7 +246,7 @@ def _held_out(config: Config, kept: set[str], label_of: dict[str, int]) -> set[s
     labels = [label_of[image] for image in images]
     counts = Counter(labels)
     share = {c: min(n, counts[c] - 1) for c, n in share_of_each(counts, config.val_fraction).items()}
-    return {images[place] for place in lowest(images, labels, share, config.seed, "validation")}
+    return {images[index] for index in lowest(images, labels, share, config.seed, "validation")}
 
 
 def _replay_csv(
@@ -302,5 +302,12 @@ def _checked_images(root: Path, paths: list[str], prefix: str) -> dict[str, os.s
 
 def data_key(data: DataSet) -> list[str]:
     """Two hashes: of the images' names and labels and of the tasks; of the replay CSVs, which task 0 does not need."""
-    tasks = (data.class_names, data.train.paths, data.train.labels.tolist(), data.new, data.test.paths, data.test_rows)
+    tasks = (
+        data.class_names,
+        data.train.paths,
+        data.train.labels.tolist(),
+        data.new_rows,
+        data.test.paths,
+        data.test_rows,
+    )
     return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (tasks, data.replay_csv)]

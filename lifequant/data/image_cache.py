@@ -86,8 +86,8 @@ def load_images(
         raise UserError(f"--cache mmap: {problem}: {math.prod(shape) / 1e9:.1f} GB are needed; name a --cache_dir")
     say(f"{problem}: images are kept in memory for this run")
     whole = np.empty(shape, np.uint8)
-    for place, image in enumerate(_decoded(root, paths, size, say)):
-        whole[place] = image
+    for index, image in enumerate(_decoded(root, paths, size, say)):
+        whole[index] = image
     return torch.from_numpy(whole)
 
 
@@ -183,10 +183,10 @@ def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], N
         ThreadPoolExecutor(workers) as pool,
         tqdm(None, "decoding", len(paths), unit=" images", leave=False, disable=None) as bar,
     ):
-        for place in range(len(paths) + ahead):
-            if place < len(paths):
-                waiting.append(pool.submit(pixels, paths[place]))
-            if place >= ahead:  # the one that has waited longest
+        for index in range(len(paths) + ahead):
+            if index < len(paths):
+                waiting.append(pool.submit(pixels, paths[index]))
+            if index >= ahead:  # the one that has waited longest
                 image, done = waiting.popleft().result()
                 if done:
                     conversions[done] = conversions.get(done, 0) + 1

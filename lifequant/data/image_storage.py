@@ -20,14 +20,14 @@ SHARE = 0.5  # of the memory that is available: images that take more than this 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-class Place(NamedTuple):
+class ImageLocation(NamedTuple):
     """Where a run's images live."""
 
     mapped: bool  # read from the cache file batch by batch, instead of held in memory
     resident: bool  # on the run's device; False: rows are copied there batch by batch
 
 
-def choose_place(cache: str, nbytes: int, device: torch.device, say: Callable[[str], None]) -> Place:
+def choose_location(cache: str, nbytes: int, device: torch.device, say: Callable[[str], None]) -> ImageLocation:
     """``--cache`` for ``nbytes`` of decoded images: memory, mmap, or auto, by the rule of ``SHARE``; a choice that isn't
     the usual one is said."""
     resident = True
@@ -47,7 +47,7 @@ def choose_place(cache: str, nbytes: int, device: torch.device, say: Callable[[s
             f"--cache auto: mmap (the images take {nbytes / 1e9:.1f} GB decoded, more than half of the "
             f"{available / 1e9:.1f} GB of memory available)"
         )
-    return Place(mapped, resident)
+    return ImageLocation(mapped, resident)
 
 
 def available_bytes() -> int | None:

@@ -27,8 +27,8 @@ def stored_rows(
     """
 
     def pick(rows: Sequence[int], keep_of: dict[int, int]) -> list[int]:
-        places = lowest([paths[r] for r in rows], [labels[r] for r in rows], keep_of, seed, "replay")
-        return [rows[place] for place in places]
+        chosen = lowest([paths[r] for r in rows], [labels[r] for r in rows], keep_of, seed, "replay")
+        return [rows[index] for index in chosen]
 
     if buffer is not None:
         stored: list[int] = []
@@ -52,7 +52,7 @@ def _quota(seen: dict[int, int], there: dict[int, int], total: int) -> dict[int,
 
 
 def epoch_order(labels: Tensor, counts: Tensor, sampler: str, generator: torch.Generator) -> Tensor:
-    """int64 [N], places in the pool in the order of one epoch.
+    """int64 [N], chosen in the pool in the order of one epoch.
 
     uniform: a permutation. ball: N draws with replacement, with probability proportional to r of the image's class, so
     that rare classes come more often.

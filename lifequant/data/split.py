@@ -18,7 +18,7 @@ import numpy as np
 def class_tasks(num_classes: int, num_tasks: int, gamma: float, seed: int) -> list[list[int]]:
     """The labels of each task, when a share ``gamma`` (0 < gamma <= 1) of the classes is replaced from task to task.
 
-    n = floor(K / (1 + gamma (T - 1))) classes a task; task t starts at place t * floor(n * gamma) of a seeded class
+    n = floor(K / (1 + gamma (T - 1))) classes a task; task t starts at position t * floor(n * gamma) of a seeded class
     order; the last task takes all that remain (Liu et al., ICCV 2023, as in the authors' code). gamma = 1 is disjoint.
     """
     order = np.random.default_rng(seed).permutation(num_classes).tolist()
@@ -38,9 +38,9 @@ def ranks(paths: Sequence[str], seed: int, purpose: str) -> list[int]:
 def lowest(paths: Sequence[str], labels: Sequence[int], keep: dict[int, int], seed: int, purpose: str) -> list[int]:
     """Places (ascending) of the ``keep[label]`` lowest-ranked images of each class; a label not in ``keep`` keeps none."""
     by_class: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for place, (rank, label) in enumerate(zip(ranks(paths, seed, purpose), labels, strict=True)):
-        by_class[int(label)].append((rank, place))
-    return sorted(place for label, rows in by_class.items() for _, place in sorted(rows)[: keep.get(label, 0)])
+    for index, (rank, label) in enumerate(zip(ranks(paths, seed, purpose), labels, strict=True)):
+        by_class[int(label)].append((rank, index))
+    return sorted(index for label, rows in by_class.items() for _, index in sorted(rows)[: keep.get(label, 0)])
 
 
 def share_of_each(counts: dict[int, int], rate: float) -> dict[int, int]:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lifequant.data.augment import crop_and_flip, normalise
+from lifequant.data.augment import crop_and_flip, normalize
 from lifequant.data.image_storage import take
 
 
 class Batch(NamedTuple):
     """One training batch on the device."""
 
-    x: Tensor  # float32 [N, 3, H, W], augmented and normalised
+    x: Tensor  # float32 [N, 3, H, W], augmented and normalized
     y: Tensor  # int64 [N]
     is_replay: Tensor  # bool [N]
     rows: Tensor  # int64 [N], places in the image store
@@ -27,31 +27,44 @@ class Batch(NamedTuple):
 class Task:
     """What a method may know of a task: training and replay data, never test data."""
 
-    id: int  # its place in the sequence, from 0
+    task_index: int  # in the sequence, from 0
     classes: list[int]  # labels of the new data
     images: (
         Tensor  # uint8 [all training images of the run, 3, H, W]; in a loop of your own also float, ready for the model
     )
     labels: Tensor  # int64 [all training images of the run]
-    new: Tensor  # int64, rows of the task's own images
+    new_rows: Tensor  # int64, rows of the task's own images
     replay: Tensor  # int64, rows of the stored images of former tasks, none of them in ``new``
-    past: Tensor  # int64, rows of all images of former tasks, stored or not; only to be counted
+    past_rows: Tensor  # int64, rows of all images of former tasks, stored or not; only to be counted
     num_classes: int
     batch_size: int
-    stored: int = 0  # images in the replay store, those that ``new`` has as well included
+    buffer_count: int = 0  # images in the replay store, those that ``new`` has as well included
     warn: Callable[[str], None] = field(default=lambda text: None)
     augment: Callable[[Tensor, torch.Generator], Tensor] = crop_and_flip  # uint8 [N, 3, H, W] -> the same
-    rows_last: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
+    csv_id: int | None = None  # the number in the CSV's name, which messages show; None: the index
+    stable_rows: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
-    near: Tensor = field(init=False)  # ``pool`` on the device of the images, which needn't be that of all else
+    pool_on_image_device: Tensor = field(
+        init=False
+    )  # ``pool`` on the device of the images, which needn't be that of all else
     counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
-    known: Tensor = field(init=False)  # bool [C], classes of former tasks
+    old_classes: Tensor = field(init=False)  # bool [C], classes of former tasks
 
     def __post_init__(self) -> None:
-        self.pool = torch.cat([self.new, self.replay])
-        self.near = self.pool.to(self.images.device)
+        self.pool = torch.cat([self.new_rows, self.replay])
+        self.pool_on_image_device = self.pool.to(self.images.device)
         self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
-        self.known = torch.bincount(self.labels[self.past], minlength=self.num_classes) > 0
+        self.old_classes = torch.bincount(self.labels[self.past_rows], minlength=self.num_classes) > 0
+
+    @property
+    def id(self) -> int:
+        """The same as ``task_index``."""
+        return self.task_index
+
+    @property
+    def name(self) -> str:
+        """How messages call it: "task 3" is the task of the CSV <data set>_train3.csv."""
+        return f"task {self.task_index if self.csv_id is None else self.csv_id}"
 
     def take(self, rows: Tensor) -> Tensor:
         """These rows of the images, on the task's device."""
@@ -60,7 +73,7 @@ class Task:
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
         x = self.take(rows)
-        return normalise(x) if x.dtype == torch.uint8 else x, self.labels[rows]
+        return normalize(x) if x.dtype == torch.uint8 else x, self.labels[rows]
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``batch`` of ``size`` rows after another: no more images at a time than that."""
@@ -68,7 +81,7 @@ class Task:
 
 
 def user_task(
-    id: int,
+    task_index: int,
     x: Tensor,
     y: Tensor,
     replay_x: Tensor | None = None,
@@ -80,8 +93,8 @@ def user_task(
 ) -> Task:
     """A Task for a training loop of your own: its images, those stored of former tasks, the labels of all former images.
 
-    x, replay_x: float [N, ...], ready for the model (or uint8 [N, 3, H, W], which are normalised); y, replay_y, past_y:
-    int64. ``id`` counts from 0. ``past_y`` has the labels of all images of former tasks, the stored ones among them; left
+    x, replay_x: float [N, ...], ready for the model (or uint8 [N, 3, H, W], which are normalized); y, replay_y, past_y:
+    int64. ``task_index`` counts from 0. ``past_y`` has the labels of all images of former tasks, the stored ones among them; left
     out, those of the stored ones alone. A replay image's row, for Batch.rows, is len(x) + its place in ``replay_x``.
     """
     replay_x = x[:0] if replay_x is None else replay_x
@@ -89,15 +102,15 @@ def user_task(
     past_y = replay_y if past_y is None else past_y
     new, stored, past = (torch.arange(len(labels), device=y.device) for labels in (y, replay_y, past_y))
     return Task(
-        id=id,
+        task_index=task_index,
         classes=sorted(set(y.tolist())),
         images=torch.cat([x, replay_x]),
         labels=torch.cat([y, replay_y, past_y]),
-        new=new,
+        new_rows=new,
         replay=len(y) + stored,
-        past=len(y) + len(stored) + past,
+        past_rows=len(y) + len(stored) + past,
         num_classes=num_classes,
         batch_size=batch_size,
-        stored=len(stored),
-        rows_last=False,
+        buffer_count=len(stored),
+        stable_rows=False,
     )

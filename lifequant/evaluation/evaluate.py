@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lifequant.data.augment import normalise
+from lifequant.data.augment import normalize
 from lifequant.data.dataset import DataSet, Store
 from lifequant.data.image_storage import take
 from lifequant.evaluation.metrics import hits
@@ -31,7 +31,7 @@ def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> 
     training = model.training
     model.eval()
     parts = distributed.own(rows.split(batch_size))
-    found = {place: model(normalise(take(store.images, part, rows.device))) for place, part in parts}
+    found = {index: model(normalize(take(store.images, part, rows.device))) for index, part in parts}
     model.train(training)
     return distributed.gathered(found, rows.device)
 
@@ -46,10 +46,10 @@ def evaluate(model: nn.Module, data: DataSet, batch_size: int, with_error: bool 
         with no_rounding(model):
             shift = (logits_of(model, store, every, batch_size) - logits).square().mean(1)
     scores = Scores([], [], [], [])
-    for place, test_rows in enumerate(data.test_rows):
+    for task_index, test_rows in enumerate(data.test_rows):
         rows = torch.tensor(test_rows, device=device)
         mask = torch.zeros(data.num_classes, dtype=torch.bool, device=device)
-        mask[data.classes(place)] = True
+        mask[data.classes(task_index)] = True
         top1, top5, masked = (100 * hits(logits[rows], store.labels[rows], mask) / len(rows)).tolist()
         scores.top1.append(top1)
         scores.top5.append(top5)
@@ -60,6 +60,6 @@ def evaluate(model: nn.Module, data: DataSet, batch_size: int, with_error: bool 
 
 def validation_top1(model: nn.Module, store: Store, rows: list[int], batch_size: int) -> float:
     """Percent, on held-out training images."""
-    places = torch.tensor(rows, device=store.labels.device)
-    logits = logits_of(model, store, places, batch_size)
-    return 100 * (logits.argmax(1) == store.labels[places]).double().mean().item()
+    chosen = torch.tensor(rows, device=store.labels.device)
+    logits = logits_of(model, store, chosen, batch_size)
+    return 100 * (logits.argmax(1) == store.labels[chosen]).double().mean().item()

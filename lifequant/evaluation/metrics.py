@@ -52,7 +52,7 @@ def bwt(R: Matrix) -> float | None:
 
 
 def fwt(R: Matrix, baseline: Sequence[float]) -> float | None:
-    """Forward transfer: mean_{i>0} R[i-1][i] - b_i, b_i a randomly initialised model's accuracy (Lopez-Paz & Ranzato 2017)."""
+    """Forward transfer: mean_{i>0} R[i-1][i] - b_i, b_i a randomly initialized model's accuracy (Lopez-Paz & Ranzato 2017)."""
     return _mean([R[i - 1][i] - baseline[i] for i in range(1, len(R))]) if _sequential(R) else None
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant.data.augment import normalise
+from lifequant.data.augment import normalize
 from lifequant.data.dataset import DataSet, Store
 from lifequant.data.image_storage import take
 
@@ -43,13 +43,13 @@ def features(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """float32 [C, D]: each class's mean of L2-normalised ``features`` [N, D], normalised again; 0 for an absent class."""
+    """float32 [C, D]: each class's mean of L2-normalized ``features`` [N, D], normalized again; 0 for an absent class."""
     member = F.one_hot(labels, num_classes).double()  # a product, which adds in a fixed order on every device
     return F.normalize(member.T @ F.normalize(features.double(), dim=1), dim=1).float()
 
 
 def nme_predict(features: Tensor, means: Tensor, present: Tensor) -> Tensor:
-    """int64 [N]: for each of ``features`` [N, D], L2-normalised here, the class with the nearest of ``means`` [C, D] among
+    """int64 [N]: for each of ``features`` [N, D], L2-normalized here, the class with the nearest of ``means`` [C, D] among
     those ``present`` (bool [C]); of equal distances the lowest class."""
     # |f - m|^2 = |f|^2 - 2 f.m + |m|^2, and |f|^2 is the same for all classes
     distance = means.square().sum(1) - 2 * F.normalize(features, dim=1) @ means.T
@@ -80,4 +80,4 @@ def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], 
 
 
 def _of_store(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
-    return features(model, (normalise(take(store.images, part, rows.device)) for part in rows.split(batch_size)))
+    return features(model, (normalize(take(store.images, part, rows.device)) for part in rows.split(batch_size)))

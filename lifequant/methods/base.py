@@ -1,6 +1,6 @@
-"""What a lifelong method is: hooks around THE training step of train.py. The base is no protection; every hook a no-op.
+"""What a lifelong method is: callbacks around THE training step of train.py. The base is no protection; every hook a no-op.
 
-A penalty (lifequant/penalties.py) has the same hooks; where one is chosen it takes the place of the method's own.
+A penalty (lifequant/penalties.py) has the same callbacks; where one is chosen it takes the place of the method's own.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class LifelongMethod:
     name = ""
     help = ""
     joint = False  # all tasks at once
-    holds_down = False  # has a penalty, which may hold a new task down
-    regulariser = False  # protects by a penalty alone, which at shared outputs hardly helps; a run says so
+    has_penalty = False  # has a penalty, which may hold a new task down
+    regularizer = False  # protects by a penalty alone, which at shared outputs hardly helps; a run says so
     needs_teacher = False  # wants Batch.teacher
-    splits = True  # its losses are means over images, so that processes may share out a batch
+    batch_separable = True  # its losses are means over images, so that processes may share out a batch
     per_step_state = False  # gathers state at every step, so that a run can't be forked from another method's
-    parts: ClassVar[dict[str, Any]] = {
+    defaults: ClassVar[dict[str, Any]] = {
         "quantizer": "lsq",
         "loss": "ce",
         "sampler": "uniform",
@@ -41,7 +41,7 @@ class LifelongMethod:
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
-        """Add the method's own flags, spelt ``--<name>_<option>``."""
+        """Add the method's own flags, spelled ``--<name>_<option>``."""
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Before a task's first step; ``model`` is as the former task left it."""

@@ -24,9 +24,9 @@ class DERpp(LifelongMethod):
     task that an image belongs to (theirs, while it is trained on), in eval mode, of the image as it is.
     """
 
-    splits = False  # the distance is a mean over the batch's replay images alone
+    batch_separable = False  # the distance is a mean over the batch's replay images alone
     help = "dark experience replay ++: replay with stored logits (Buzzega et al., NeurIPS 2020)"
-    parts = LifelongMethod.parts | {"replay": True}
+    defaults = LifelongMethod.defaults | {"replay": True}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -19,15 +19,15 @@ class ERACE(LifelongMethod):
     that new classes do not push the old ones down; stored images use all (Caccia et al., ICLR 2022, eq. 4).
 
     The paper's memory is filled as images come, so that it has the task's own images, too: without them nothing ever
-    compares new classes with old ones, and the new ones are not learnt. Here the store has former tasks alone; in its
+    compares new classes with old ones, and the new ones are not learned. Here the store has former tasks alone; in its
     place the first new images of each batch count as stored ones, as many as make a new class as frequent among those as
     a replayed one is; all of them where no image is stored, so that task 0 is plain. The loss of the whole batch is one
     mean, that of ``--loss`` on the masked logits; the paper adds two means.
     """
 
-    splits = False  # which classes are present depends on the whole batch
+    batch_separable = False  # which classes are present depends on the whole batch
     help = "replay with asymmetric cross entropy (Caccia et al., ICLR 2022)"
-    parts = LifelongMethod.parts | {"replay": True}
+    defaults = LifelongMethod.defaults | {"replay": True}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -37,7 +37,7 @@ class ERACE(LifelongMethod):
         super().begin_task(model, task)
         share = 1.0  # where nothing is stored, nothing is to be kept from being pushed
         if len(task.replay):
-            share = min(1.0, images_a_class(task.labels[task.replay]) / images_a_class(task.labels[task.new]))
+            share = min(1.0, images_a_class(task.labels[task.replay]) / images_a_class(task.labels[task.new_rows]))
         if self.share is None:
             self.share = task.counts.new_zeros(())
         self.share.fill_(share)  # in place, so that a compiled step goes on with it

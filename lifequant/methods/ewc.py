@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lifequant.data.task import Task
 from lifequant.methods.importance import flat, image_means, protected
-from lifequant.methods.regularizer import Regulariser
+from lifequant.methods.regularizer import Regularizer
 from lifequant.registry import register
 
 
 @register("method", "ewc")
-class EWC(Regulariser):
+class EWC(Regularizer):
     """1/2 sum_t sum_i F_{t,i} (w_i - w*_{t,i})^2, an anchor for each former task (Kirkpatrick et al., PNAS 2017, eq. 3).
 
     F_t = E[(d log p(y|x) / d w)^2], one image at a time, with the true labels, on the finished task's own training data
@@ -24,11 +24,11 @@ class EWC(Regulariser):
     """
 
     help = "elastic weight consolidation, an anchor for each task (Kirkpatrick et al., PNAS 2017)"
-    parts = Regulariser.parts | {"ll_lambda": 0.3}
+    defaults = Regularizer.defaults | {"ll_lambda": 0.3}
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
-        Regulariser.images_flag(group, "ewc", 1000)
+        Regularizer.images_flag(group, "ewc", 1000)
 
     def estimate(self, model: nn.Module, task: Task) -> Tensor:
         return fisher(self, model, task) / 2
@@ -41,7 +41,7 @@ class EWC(Regulariser):
         self.importance.copy_(total)
 
 
-def fisher(method: Regulariser, model: nn.Module, task: Task) -> Tensor:
+def fisher(method: Regularizer, model: nn.Module, task: Task) -> Tensor:
     """[P], the diagonal of the empirical Fisher matrix: mean over images of squared gradients of the cross entropy."""
     batches = method.batches(task, task.batch_size)
     return flat(image_means(model, protected(model), batches, F.cross_entropy, torch.square).values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lifequant.qat.layers import QuantConv2d, fake_quants, weight_layers
-from lifequant.qat.modes import evaluating
+from lifequant.qat.modes import eval_mode
 from lifequant.runtime import distributed
 
 CHUNK = 32  # images whose gradients are held at a time
@@ -66,7 +66,7 @@ def image_means(
     gradients = vmap(grad(of_one), in_dims=(None, 0, 0))
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
     count = 0
-    with evaluating(model):
+    with eval_mode(model):
         for x, y in batches:
             for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
                 if distributed.mine(count // CHUNK):
@@ -105,7 +105,7 @@ def sliced(model: nn.Module, batches: list[Tensor], directions: Tensor) -> Tenso
     """
     weights = {name: p.detach().requires_grad_() for name, p in protected(model).items()}
     total = torch.zeros_like(flat(weights.values()), requires_grad=False)
-    with evaluating(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         for block in directions.split(DIRECTIONS):
             sums, count = [torch.zeros_like(total) for _ in block], 0
             for x in batches:

@@ -24,7 +24,7 @@ class LwF(LifelongMethod):
     """
 
     help = "learning without forgetting: distillation on the new images (Li and Hoiem, ECCV 2016)"
-    regulariser = True
+    regularizer = True
     needs_teacher = True
 
     def __init__(self, config: Any) -> None:
@@ -44,9 +44,9 @@ class LwF(LifelongMethod):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         super().begin_task(model, task)
         if self.known is None:
-            self.known = torch.zeros_like(task.known)
-        self.known.copy_(task.known)
-        self.asks = bool(task.known.any())
+            self.known = torch.zeros_like(task.old_classes)
+        self.known.copy_(task.old_classes)
+        self.asks = bool(task.old_classes.any())
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         loss = super().task_loss(logits, batch)

@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 from lifequant.data.task import Task
 from lifequant.methods.importance import flat, image_means, protected
-from lifequant.methods.regularizer import Regulariser
+from lifequant.methods.regularizer import Regularizer
 from lifequant.registry import register
 
 
 @register("method", "mas")
-class MAS(Regulariser):
+class MAS(Regularizer):
     """sum_i Omega_i (w_i - w*_i)^2, Omega_i += E |d ||f(x)||^2 / d w_i| (Aljundi et al., ECCV 2018, eq. 2-4).
 
     The absolute value of each image's gradient, f the logits; the importances of tasks add up. No label is used.
     """
 
     help = "memory aware synapses: sensitivity of the outputs' norm (Aljundi et al., ECCV 2018)"
-    parts = Regulariser.parts | {"ll_lambda": 0.0003}
+    defaults = Regularizer.defaults | {"ll_lambda": 0.0003}
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
-        Regulariser.images_flag(group, "mas", 1000)
+        Regularizer.images_flag(group, "mas", 1000)
 
     def estimate(self, model: nn.Module, task: Task) -> Tensor:
         batches = self.batches(task, task.batch_size)

@@ -7,7 +7,7 @@ from lifequant.registry import register
 @register("method", "ours")
 class Ours(LifelongMethod):
     help = "LifeQuant: ProxQ + BaLL + replay (ICCV 2023)"
-    parts = LifelongMethod.parts | {
+    defaults = LifelongMethod.defaults | {
         "quantizer": "proxq",
         "loss": "ball_prior",
         "sampler": "ball",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.common.arguments import whole
+from lifequant.common.arguments import int_at_least
 from lifequant.data.task import Task
 from lifequant.methods.base import LifelongMethod
 from lifequant.methods.importance import Batches, flat, protected
 
 
-class Regulariser(LifelongMethod):
+class Regularizer(LifelongMethod):
     """Penalty sum_i importance_i (w_i - anchor_i)^2 + offset over the latent weights, before lambda.
 
     The w_i are all parameters but the quantizers' own. Importance and anchor are vectors over all of them; they are
@@ -22,8 +22,8 @@ class Regulariser(LifelongMethod):
     ``estimate`` what mattered for a task that has ended. Where another penalty is chosen nothing is gathered.
     """
 
-    holds_down = True
-    regulariser = True
+    has_penalty = True
+    regularizer = True
     importances: tuple[str, ...] = ("importance",)  # the vectors that are kept, beside the anchor
 
     def __init__(self, config: Any) -> None:
@@ -39,7 +39,7 @@ class Regulariser(LifelongMethod):
         """Add ``--<method>_images``."""
         group.add_argument(
             f"--{method}_images",
-            type=whole(1),
+            type=int_at_least(1),
             metavar="N",
             default=images,
             help="at most so many images, evenly spaced over the task's own, to estimate importances from",
@@ -51,8 +51,8 @@ class Regulariser(LifelongMethod):
 
     def batches(self, task: Task, size: int) -> Batches:
         """The task's own training images, ``--<method>_images`` at most, evenly spaced; not augmented."""
-        count = min(self.option("images"), len(task.new))
-        rows = task.new[torch.arange(count, device=task.new.device) * len(task.new) // count]
+        count = min(self.option("images"), len(task.new_rows))
+        rows = task.new_rows[torch.arange(count, device=task.new_rows.device) * len(task.new_rows) // count]
         return task.batches(rows, size)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:

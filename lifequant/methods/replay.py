@@ -7,4 +7,4 @@ from lifequant.registry import register
 @register("method", "replay")
 class Replay(LifelongMethod):
     help = "experience replay with the plain loss"
-    parts = LifelongMethod.parts | {"replay": True}
+    defaults = LifelongMethod.defaults | {"replay": True}

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.common.arguments import real, whole
+from lifequant.common.arguments import int_at_least, real
 from lifequant.data.task import Task
 from lifequant.methods.importance import flat, protected
-from lifequant.methods.regularizer import Regulariser
+from lifequant.methods.regularizer import Regularizer
 from lifequant.registry import register
 
 
 @register("method", "rwalk")
-class RWalk(Regulariser):
+class RWalk(Regularizer):
     """sum_i (F_i / max F + s_i / max s) (w_i - w*_i)^2 (Chaudhry et al., ECCV 2018, eq. 8), in which
 
     F <- a F + (1 - a) g^2 at every step, g the gradient of the batch's mean task loss (EWC++, eq. 6), and
@@ -26,7 +26,7 @@ class RWalk(Regulariser):
     """
 
     help = "Riemannian walk: moving Fisher and path integral in its metric (Chaudhry et al., ECCV 2018)"
-    parts = Regulariser.parts | {"ll_lambda": 10.0}
+    defaults = Regularizer.defaults | {"ll_lambda": 10.0}
     per_step_state = True
     importances = ("importance", "fisher", "score", "gained", "path", "origin")
 
@@ -38,7 +38,7 @@ class RWalk(Regulariser):
     def add_args(group: argparse._ArgumentGroup) -> None:
         flags = (
             ("decay", real(0), 0.9, "decay of the Fisher's moving average"),
-            ("every", whole(1), 10, "steps of a segment of the path"),
+            ("every", int_at_least(1), 10, "steps of a segment of the path"),
             ("epsilon", real(above=0), 1e-7, "keeps the score of weights that hardly moved finite"),
         )
         for name, kind, default, text in flags:
@@ -77,7 +77,7 @@ class RWalk(Regulariser):
     @torch.no_grad()
     def estimate(self, model: nn.Module, task: Task) -> Tensor:
         self._end_segment(flat(protected(model).values()))
-        self.score.copy_(self.gained if task.id == 0 else (self.score + self.gained) / 2)
+        self.score.copy_(self.gained if task.task_index == 0 else (self.score + self.gained) / 2)
         return _share_of_largest(self.fisher) + _share_of_largest(self.score.clamp(min=0))
 
     def merge(self, new: Tensor, weights: Tensor, task: Task) -> None:

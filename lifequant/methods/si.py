@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from lifequant.common.arguments import real
 from lifequant.data.task import Task
 from lifequant.methods.importance import flat, protected
-from lifequant.methods.regularizer import Regulariser
+from lifequant.methods.regularizer import Regularizer
 from lifequant.registry import register
 
 
 @register("method", "si")
-class SI(Regulariser):
+class SI(Regularizer):
     """sum_i Omega_i (w_i - w*_i)^2, Omega_i += max(0, omega_i / (D_i^2 + xi)) as a task ends (Zenke et al., ICML 2017, eq. 4-5).
 
     omega_i = - sum over steps of (d task loss / d w_i) * (the step's change of w_i): the part of the loss's fall that
@@ -23,7 +23,7 @@ class SI(Regulariser):
     """
 
     help = "synaptic intelligence: path integral of the task loss (Zenke et al., ICML 2017)"
-    parts = Regulariser.parts | {"ll_lambda": 0.01}
+    defaults = Regularizer.defaults | {"ll_lambda": 0.01}
     per_step_state = True
     importances = ("importance", "path")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.data.task import Batch, Task
-from lifequant.qat.modes import evaluating
+from lifequant.qat.modes import eval_mode
 
 
 class StoredLogits:
@@ -29,13 +29,13 @@ class StoredLogits:
         if self.table is None or self.table.shape != shape:
             self.table = torch.zeros(shape, dtype=torch.float16, device=task.labels.device)
             self.held = torch.zeros(len(task.images), dtype=torch.bool, device=task.labels.device)
-        if again or not task.rows_last:
+        if again or not task.stable_rows:
             self.held.zero_()
         kept = torch.zeros_like(self.held)
         kept[task.pool] = True
         self.held &= kept
         rows = task.replay[~self.held[task.replay]]
-        with evaluating(model):
+        with eval_mode(model):
             for part in rows.split(task.batch_size) if len(rows) else ():
                 self.table[part] = model(task.batch(part)[0]).half()
         self.held[rows] = True

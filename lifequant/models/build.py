@@ -11,7 +11,7 @@ from lifequant.qat.layers import Scheme, set_layer_bits
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
-    """The quantized network of a config, randomly initialised from its seed alone."""
+    """The quantized network of a config, randomly initialized from its seed alone."""
     scheme = make_scheme(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -28,6 +28,6 @@ def make_scheme(config: Config) -> Scheme:
         activations=registry.quantizer(activations, **config.option(activations)),
         weight_bits=config.bitW,
         act_bits=config.abitW,
-        edge_bits=config.first_last_bits,
+        first_last_bits=config.first_last_bits,
         per_channel=config.per_channel,
     )

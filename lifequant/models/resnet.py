@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """x: float32 [N, 3, H, W], normalised images -> logits [N, num_classes]. ``width`` multiplies all channels."""
+    """x: float32 [N, 3, H, W], normalized images -> logits [N, num_classes]. ``width`` multiplies all channels."""
 
     def __init__(self, depth: int, num_classes: int, scheme: Scheme, shortcut: str = "A", width: int = 1) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """ProxQ's penalty in its forms: the squared distance of the quantized weights from those at the end of the former task,
 weighted by the expected squared gradient, L_Prox = E ||(w_t^q - w_s^q) dL/dw^q||^2 (LifeQuant, ICCV 2023).
 
-The expectation is over replay data, never over test data. A penalty has the hooks of a lifelong method.
+The expectation is over replay data, never over test data. A penalty has the callbacks of a lifelong method.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lifequant.methods.base import LifelongMethod
 from lifequant.methods.importance import CHUNK, at_quantized_weights, conv_weights, per_batch, per_sample, protected
 from lifequant.methods.stored_logits import StoredLogits
 from lifequant.qat.layers import QuantConv2d, QuantLinear, weight_layers
-from lifequant.qat.modes import evaluating
+from lifequant.qat.modes import eval_mode
 from lifequant.qat.packing import packed_bytes
 from lifequant.quantizers.base import FakeQuant
 
@@ -28,7 +28,7 @@ class Anchored(LifelongMethod):
     All are allocated at the first task and then written in place: a compiled step needs no second compilation.
     """
 
-    holds_down = True
+    has_penalty = True
     default_lambda = 0.0
 
     def __init__(self, config: Any) -> None:
@@ -64,7 +64,7 @@ class Anchored(LifelongMethod):
             self.anchor = {name: anchor.clone() for name, (anchor, _) in kept.items()}
             self.unit = {name: unit.clone() for name, (_, unit) in kept.items()}
             self.anchor_bytes = sum(packed_bytes(layer) for _, layer in weight_layers(model) if layer.weight.dim() == 4)
-        estimate = self.estimate(model, task) if task.id > 0 else None
+        estimate = self.estimate(model, task) if task.task_index > 0 else None
         with torch.no_grad():
             for name, (anchor, unit) in kept.items():
                 self.importance[name].copy_(estimate[name]) if estimate else self.importance[name].zero_()
@@ -136,12 +136,12 @@ class ProxQStep(Anchored):
         for name, layer in self._layers(model):
             weight, quant = layer.weight, layer.weight_quant
             former = self.former(name)
-            d = quant.into_codes(weight) - former
+            d = quant.to_codes(weight) - former
             size = d.abs()
             beyond = (size - 0.5).clamp(min=0) / (1 + strength * self.importance[name])
             u = former + d.sign() * (size.clamp(max=0.5) + beyond)
             moved = (beyond > 0) & (self.importance[name] > 0)
-            weight.copy_(torch.where(moved, quant.latent(u, weight), weight))
+            weight.copy_(torch.where(moved, quant.inverse(u, weight), weight))
 
 
 class ProxQPaper(Anchored):
@@ -172,7 +172,7 @@ class ProxQPublished(Anchored):
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
         if not replay_there(task, len(task.replay)):
             return None
-        with evaluating(model):
+        with eval_mode(model):
             return per_batch(model, self.values(model), task.batches(task.replay, task.batch_size))
 
     def memory_bytes(self) -> dict[str, int]:
@@ -188,8 +188,8 @@ class ProxQFunction(LifelongMethod):
     Close to dark experience replay, which keeps the logits of an image's own task.
     """
 
-    holds_down = True
-    splits = False  # a mean over the batch's replay images alone
+    has_penalty = True
+    batch_separable = False  # a mean over the batch's replay images alone
     default_lambda = 0.5
 
     def __init__(self, config: Any) -> None:
@@ -200,9 +200,9 @@ class ProxQFunction(LifelongMethod):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         self.stored.update(model, task, again=True)
         if self.known is None:
-            self.known = torch.zeros_like(task.known)
-        self.known.copy_(task.known)
-        if task.id > 0:
+            self.known = torch.zeros_like(task.old_classes)
+        self.known.copy_(task.old_classes)
+        if task.task_index > 0:
             replay_there(task, len(task.replay))
 
     def output_penalty(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -223,7 +223,7 @@ def packed(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
     """(codes, unit) or (values, 1) of a layer's quantized weights: their product is these, bit for bit."""
     weight, quant = layer.weight.detach(), layer.weight_quant
     if isinstance(quant, FakeQuant) and quant.linear:
-        return quant.codes(weight).to(torch.int8), quant.along(quant.step(), weight)
+        return quant.codes(weight).to(torch.int8), quant.broadcast_channels(quant.scale(), weight)
     return quant(weight).detach(), weight.new_ones(())
 
 
@@ -232,7 +232,7 @@ def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tens
     current = torch.zeros(task.num_classes, dtype=torch.bool, device=task.labels.device)
     current[task.classes] = True
     rows = task.replay[~current[task.labels[task.replay]]]
-    missing = int((~current[task.labels[task.past]]).sum()) - len(rows)
+    missing = int((~current[task.labels[task.past_rows]]).sum()) - len(rows)
     if missing == 0 or not replay_there(task, len(rows)):
         return None, 0.0
     return per_sample(at_quantized_weights(model), task.batches(rows, CHUNK)), missing / len(task.pool)
@@ -241,7 +241,7 @@ def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tens
 def replay_there(task: Task, images: int) -> bool:
     """Whether there is replay data to estimate from; warns if not."""
     if images == 0:
-        task.warn(f"task {task.id}: no replay image to estimate the penalty from: it is 0")
+        task.warn(f"{task.name}: no replay image to estimate the penalty from: it is 0")
     return images > 0
 
 

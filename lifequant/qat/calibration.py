@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.qat.layers import fake_quants, weight_layers
-from lifequant.qat.modes import trial
+from lifequant.qat.modes import preserve_state
 from lifequant.quantizers.base import FakeQuant
 
 
@@ -33,7 +33,7 @@ def watching_activations(model: nn.Module, watch) -> Iterator[None]:
 def calibrate(model: nn.Module, x: Tensor) -> None:
     """Set every step from the weights and one batch ``x``, layer after layer; BatchNorm uses the batch, keeps its state."""
     calibrate_weights(model)
-    with trial(model), watching_activations(model, lambda name, quant, value: calibrate_one(quant, value)):
+    with preserve_state(model), watching_activations(model, lambda name, quant, value: calibrate_one(quant, value)):
         model(x)
 
 

@@ -26,7 +26,7 @@ from lifequant.common.errors import UserError
 from lifequant.qat.calibration import calibrate_one, calibrate_weights, watching_activations
 from lifequant.qat.convert_report import Quantization, note, report, why_left
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, check_bits, fake_quants, set_layer_bits
-from lifequant.qat.modes import trial
+from lifequant.qat.modes import preserve_state
 from lifequant.quantizers.base import FakeQuant, Quantizer, sample
 
 BATCHES = 8  # that calibrate() reads
@@ -72,7 +72,7 @@ def quantize_model(
         activations=_family(act_quantizer or quantizer),
         weight_bits=weight_bits,
         act_bits=act_bits,
-        edge_bits=keep_first_last or weight_bits,
+        first_last_bits=keep_first_last or weight_bits,
         per_channel=per_channel,
     )
     left = _swap(q, scheme)
@@ -104,7 +104,7 @@ def _swap(q: nn.Module, scheme: Scheme) -> dict[str, str]:
     """Turn layers, in place; returns {module that is left alone: why}."""
     modules = dict(q.named_modules())
     matrices = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
-    edges = {matrices[0], matrices[-1]} if matrices and scheme.edge_bits != scheme.weight_bits else set()
+    edges = {matrices[0], matrices[-1]} if matrices and scheme.first_last_bits != scheme.weight_bits else set()
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
@@ -116,10 +116,10 @@ def _swap(q: nn.Module, scheme: Scheme) -> dict[str, str]:
             continue
         if isinstance(module, nn.Conv2d | nn.Linear):
             kind = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            kind.turn(module, scheme.weight(module.weight.shape[0], name in edges))
+            kind.convert_(module, scheme.weight(module.weight.shape[0], name in edges))
             swapped += 1
         elif isinstance(module, nn.ReLU | nn.ReLU6):
-            QuantReLU.turn(module, scheme.activations.activation(scheme.act_bits))
+            QuantReLU.convert_(module, scheme.activations.activation(scheme.act_bits))
             swapped += 1
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else it computes with its layers' float weights, in eval mode
@@ -206,7 +206,7 @@ def _calibrate(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> int:
             for args, kwargs in calls:
                 passes, given = Counter(), given[:0]
                 alone = bool(args) and torch.is_tensor(args[0]) and args[0].shape[:1] == (1,)  # BatchNorm needs two
-                with trial(q, train=not alone):
+                with preserve_state(q, train=not alone):
                     q(*args, **kwargs)
                 uses |= passes
                 count += 1

@@ -35,7 +35,7 @@ class QuantConv2d(nn.Conv2d):
         self.weight_quant = weight_quant
 
     @classmethod
-    def turn(cls, conv: nn.Conv2d, weight_quant: nn.Module) -> None:
+    def convert_(cls, conv: nn.Conv2d, weight_quant: nn.Module) -> None:
         """Make a QuantConv2d of ``conv``, in place: parameters, hooks, device, and whoever refers to it stay."""
         conv.__class__ = cls
         conv.weight_quant = weight_quant
@@ -54,7 +54,7 @@ class QuantLinear(nn.Linear):
         self.weight_quant, self.act_quant = weight_quant, act_quant
 
     @classmethod
-    def turn(cls, linear: nn.Linear, weight_quant: nn.Module) -> None:
+    def convert_(cls, linear: nn.Linear, weight_quant: nn.Module) -> None:
         """Make a QuantLinear of ``linear``, in place, that leaves its input as it is."""
         linear.__class__ = cls
         linear.weight_quant, linear.act_quant, linear.float_input = weight_quant, nn.Identity(), True
@@ -74,7 +74,7 @@ class QuantReLU(nn.Module):
         self.act_quant = act_quant
 
     @classmethod
-    def turn(cls, relu: nn.ReLU | nn.ReLU6, act_quant: nn.Module) -> None:
+    def convert_(cls, relu: nn.ReLU | nn.ReLU6, act_quant: nn.Module) -> None:
         """Make a QuantReLU of ``relu``, in place; its own ``inplace`` holds on, for some networks go on with the input."""
         bound = 6.0 if isinstance(relu, nn.ReLU6) else None
         relu.__class__ = cls
@@ -96,18 +96,18 @@ class QuantReLU(nn.Module):
 class Scheme:
     """How a network is quantized; a model asks it for its layers. ``edge`` is the first or the last layer.
 
-    At 32 bits a tensor is float everywhere; below, the first and last layers have ``edge_bits``.
+    At 32 bits a tensor is float everywhere; below, the first and last layers have ``first_last_bits``.
     """
 
     weights: Quantizer
     activations: Quantizer
     weight_bits: int = 4
     act_bits: int = 4
-    edge_bits: int = 8
+    first_last_bits: int = 8
     per_channel: bool = False  # one weight step for each output channel
 
     def _bits(self, bits: int, edge: bool) -> int:
-        return self.edge_bits if edge and bits != 32 else bits
+        return self.first_last_bits if edge and bits != 32 else bits
 
     def weight(self, cout: int, edge: bool = False, bits: int | None = None) -> nn.Module:
         """A weight's quantizer, for ``cout`` output channels."""

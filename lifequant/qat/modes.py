@@ -12,7 +12,7 @@ from lifequant.qat.layers import fake_quants
 
 
 @contextmanager
-def trial(model: nn.Module, train: bool = True) -> Iterator[None]:
+def preserve_state(model: nn.Module, train: bool = True) -> Iterator[None]:
     """Inside, the model is in train mode (or as it is) without dropout; afterwards modes and buffers are as before.
 
     A model in train mode keeps the mode of each of its modules, so that a frozen BatchNorm is one here, too. The buffers
@@ -38,7 +38,7 @@ def trial(model: nn.Module, train: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in the mode in which it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

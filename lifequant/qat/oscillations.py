@@ -36,7 +36,7 @@ class Oscillations:
     they leave. Under random steps of 3 % of the weights' deviation, at 2, 4 and 8 bits, it always sufficed for all
     quantizers; with a step for each channel (of 6 or 27 weights, 8 bits), for apot and uniform all but one time in 1,000.
 
-    ``after_step`` must be the last thing that writes weights in a step. It doesn't synchronise the device, and keeps
+    ``after_step`` must be the last thing that writes weights in a step. It doesn't synchronize the device, and keeps
     12 bytes a weight, 16 if it freezes.
     """
 
@@ -89,7 +89,7 @@ class Oscillations:
         )
         for layer, new, frozen, aim, code, written in zip(layers.values(), *parts, strict=True):
             weight, quant = layer.weight, layer.weight_quant
-            moves = type(quant).latent is not FakeQuant.latent  # the latent weight depends on the tensor's statistics
+            moves = type(quant).inverse is not FakeQuant.inverse  # the latent weight depends on the tensor's statistics
             if moves:  # which a frozen weight must not have moved by the optimizer's step
                 weight.copy_(torch.where(frozen.view_as(weight), written.view_as(weight), weight))
                 new = new & _leaves_room(new | frozen, aim, quant, weight)
@@ -97,7 +97,7 @@ class Oscillations:
             code.copy_(torch.where(frozen, aim, code))
             held, u = frozen.view_as(weight), code.view_as(weight).to(weight.dtype)
             for _ in range(PASSES if moves else 1):
-                weight.copy_(torch.where(held, quant.latent(u, weight), weight))
+                weight.copy_(torch.where(held, quant.inverse(u, weight), weight))
             written.copy_(weight.reshape(-1))
 
     def share(self) -> dict[str, float]:
@@ -136,7 +136,7 @@ def _leaves_room(held: Tensor, aim: Tensor, quant: FakeQuant, weight: Tensor) ->
     """
     rows = (getattr(quant, "channels", None) or 1, -1)  # what shares its statistics
     part = held.view(rows).float()
-    value = quant.latent(aim.view_as(weight).to(weight.dtype), weight).reshape(rows)
+    value = quant.inverse(aim.view_as(weight).to(weight.dtype), weight).reshape(rows)
     every = weight.reshape(rows)
     middle = every.mean(1, keepdim=True)
     v = (value - middle) * part

@@ -19,7 +19,7 @@ def packed_bytes(layer: QuantConv2d | QuantLinear) -> int:
     if quant.exceeds_bits:
         codes = quant.codes(layer.weight)
         bits = int(codes.max() - codes.min()).bit_length()
-    return -(-layer.weight.numel() * bits // 8) + 4 * quant.step().numel()
+    return -(-layer.weight.numel() * bits // 8) + 4 * quant.scale().numel()
 
 
 def packed_model_bytes(model: nn.Module) -> int:

@@ -1,9 +1,9 @@
 """How the quantizers' parameters are trained, by this package and in a loop of your own:
 
 optimizer = torch.optim.SGD(param_groups(q, lr=0.01, weight_decay=1e-4), momentum=0.9)
-steps = StepSizes(q)
+steps = Scales(q)
 ...
-with steps.bounded():
+with steps.limit_scale_updates():
     optimizer.step()
 """
 
@@ -37,7 +37,7 @@ def param_groups(q: nn.Module, lr: float, weight_decay: float = 0.0, step_lr: fl
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-class StepSizes:
+class Scales:
     """All step sizes of a model. An update changes one by a tenth of itself at most, and none falls below a floor.
 
     A step is small, 0.003 for 8-bit weights of 0.4, and its gradient is multiplied by the largest code where values are
@@ -47,16 +47,16 @@ class StepSizes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        quants = [(name, quant, quant.step_parameters()) for name, quant in fake_quants(model)]
+        quants = [(name, quant, quant.scale_parameters()) for name, quant in fake_quants(model)]
         self.parameters = [p for _, _, params in quants for p in params]
         self.names = [name for name, _, params in quants for _ in params]
         device = self.parameters[0].device if self.parameters else None
         self.sizes = [p.numel() for p in self.parameters]
-        self.bounded_updates = torch.zeros(sum(self.sizes), device=device)
+        self.limited_updates = torch.zeros(sum(self.sizes), device=device)
 
     @contextmanager
-    def bounded(self) -> Iterator[None]:
-        """Around an optimizer's step. A few kernels, no device synchronisation."""
+    def limit_scale_updates(self) -> Iterator[None]:
+        """Around an optimizer's step. A few kernels, no device synchronization."""
         if not self.parameters:
             yield
             return
@@ -66,12 +66,12 @@ class StepSizes:
             now = torch.cat([p.flatten() for p in self.parameters])
             room = STEP_CHANGE * before.abs()
             kept = now.clamp(before - room, before + room)
-            self.bounded_updates += kept != now
+            self.limited_updates += kept != now
             kept.clamp_(min=STEP_FLOOR)
             parts = zip(self.parameters, kept.split(self.sizes), strict=True)
             torch._foreach_copy_(self.parameters, [part.view_as(p) for p, part in parts])
 
-    def most_bounded(self) -> dict[str, int]:
+    def most_limited(self) -> dict[str, int]:
         """{quantizer: updates that were bounded in this task}; of its channels the most."""
-        most = [int(part.max()) for part in self.bounded_updates.split(self.sizes)] if self.sizes else []
+        most = [int(part.max()) for part in self.limited_updates.split(self.sizes)] if self.sizes else []
         return dict(zip(self.names, most, strict=True))

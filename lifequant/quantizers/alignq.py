@@ -15,7 +15,7 @@ class AlignQ(FakeQuant):
     """y = reach * (2 Q_k(Phi(z)) - 1), Q_k(p) = round(p n) / n, n = 2^b - 1: codes 0 .. n, symmetric, without a zero.
 
     Phi is the standard normal distribution function; z is for a subclass to say. The gradient is straight through the
-    rounding and true through Phi; the clamp does nothing. Nothing is learnt or calibrated.
+    rounding and true through Phi; the clamp does nothing. Nothing is learned or calibrated.
     """
 
     reach = 1.0
@@ -23,13 +23,13 @@ class AlignQ(FakeQuant):
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, 0, 2**bits - 1)
         self.channels = channels
-        distance = torch.full(() if channels is None else (channels,), 2 * self.reach / self.qp)
-        self.register_buffer("distance", distance, persistent=False)
+        scale = torch.full(() if channels is None else (channels,), 2 * self.reach / self.qp)
+        self.register_buffer("fixed_scale", scale, persistent=False)
 
-    def into_codes(self, x: Tensor) -> Tensor:
+    def to_codes(self, x: Tensor) -> Tensor:
         return self.qp * 0.5 * (1 + torch.erf(self.standard(x) / math.sqrt(2)))
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         return self.reach * (2 * u / self.qp - 1)
 
     def standard(self, x: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ class AlignQ(FakeQuant):
         bound = 1 - torch.finfo(u.dtype).eps
         return math.sqrt(2) * torch.erfinv((2 * u / self.qp - 1).clamp(-bound, bound))
 
-    def step(self) -> Tensor:
-        return self.distance
+    def scale(self) -> Tensor:
+        return self.fixed_scale
 
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
@@ -52,12 +52,12 @@ class AlignQWeight(AlignQ):
     """z = (w - mean) / std; the gradient goes through mean and std."""
 
     def standard(self, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return centred / std
+        centered, std = standardize(x, self.channels)
+        return centered / std
 
-    def latent(self, u: Tensor, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return x - centred + std * self.standard_latent(u)
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
+        centered, std = standardize(x, self.channels)
+        return x - centered + std * self.standard_latent(u)
 
 
 class AlignQActivation(AlignQ):
@@ -76,7 +76,7 @@ class AlignQActivation(AlignQ):
     def standard(self, x: Tensor) -> Tensor:
         return x
 
-    def latent(self, u: Tensor, x: Tensor) -> Tensor:
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
         return self.standard_latent(u)
 
 

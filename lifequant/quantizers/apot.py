@@ -39,18 +39,18 @@ class APoT(FakeQuant):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("middles", torch.tensor(middles), persistent=False)
 
-    def place(self, t: Tensor) -> Tensor:
+    def fractional_code(self, t: Tensor) -> Tensor:
         """Real-valued code of ``t``, linear between levels and beyond the last: halfway between two is the code + 1/2."""
         t = t.detach().contiguous()
         low = torch.bucketize(t, self.levels[1:-1], right=True)
         return low + (t - self.levels[low]) / (self.levels[low + 1] - self.levels[low]) - self.zero
 
     def nearest(self, t: Tensor) -> Tensor:
-        """int64 places of the levels nearest to ``t``, from 0 on: the rounded ``place``, in one look-up."""
+        """int64 places of the levels nearest to ``t``, from 0 on: the rounded ``fractional_code``, in one look-up."""
         return torch.bucketize(t.detach().contiguous(), self.middles)
 
     def level(self, u: Tensor) -> Tensor:
-        """The inverse of ``place``; a whole code gives its level exactly."""
+        """The inverse of ``fractional_code``; a whole code gives its level exactly."""
         u = u.detach() + self.zero
         low = u.floor().clamp(0, len(self.levels) - 2)
         part, low = u - low, low.long()
@@ -64,11 +64,11 @@ class APoT(FakeQuant):
         """t = z / a; that of weights has no gradient but a's."""
         raise NotImplementedError
 
-    def into_codes(self, x: Tensor) -> Tensor:
-        return self.place(self.scaled(x))
+    def to_codes(self, x: Tensor) -> Tensor:
+        return self.fractional_code(self.scaled(x))
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
-        return self.level(u) * self.along(self.alpha, x)
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.level(u) * self.broadcast_channels(self.alpha, x)
 
     def project(self, t: Tensor) -> Tensor:
         """The level nearest to ``t``, with the gradient of ``t`` clipped; ``t`` itself while ``rounding`` is False."""
@@ -77,8 +77,8 @@ class APoT(FakeQuant):
         clipped = t.clamp(-1 if self.zero else 0, 1)
         return (clipped - clipped.detach()) + self.levels[self.nearest(t)]  # in this order it stays channels-last
 
-    def step(self) -> Tensor:
-        """The smallest distance of two neighbouring values, that beside 0."""
+    def scale(self) -> Tensor:
+        """The smallest distance of two neighboring values, that beside 0."""
         return self.alpha.detach() * self.levels[self.zero + 1]
 
 
@@ -94,16 +94,16 @@ class APoTWeight(APoT):
         super().__init__(bits, levels, len(magnitudes) - 1, 3.0, channels)
 
     def scaled(self, x: Tensor) -> Tensor:
-        centred, std = standardize(x.detach(), self.channels)
-        return centred / (std * self.along(self.alpha, x))
+        centered, std = standardize(x.detach(), self.channels)
+        return centered / (std * self.broadcast_channels(self.alpha, x))
 
-    def latent(self, u: Tensor, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return x - centred + std * self.from_codes(u, x)
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
+        centered, std = standardize(x, self.channels)
+        return x - centered + std * self.dequantize(u, x)
 
     def forward(self, x: Tensor) -> Tensor:
         std = standardize(x.detach(), self.channels)[1]
-        return self.along(self.alpha, x) * self.project(self.scaled(x)) + (x - x.detach()) / std
+        return self.broadcast_channels(self.alpha, x) * self.project(self.scaled(x)) + (x - x.detach()) / std
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

@@ -3,7 +3,7 @@
 A Quantizer is a family ("lsq"): it makes the fake-quantizers of one network, one module a tensor. A FakeQuant maps a
 float tensor to one of at most 2^bits values and lets the gradient through by the straight-through estimator:
 
-    u = into_codes(x);  q = round(clamp(u, qn, qp));  x_q = from_codes(q, x)
+    u = to_codes(x);  q = round(clamp(u, qn, qp));  x_q = dequantize(q, x)
 
 Only plain operations and no branch on data, so that torch.compile takes a whole network in one graph.
 """
@@ -43,9 +43,9 @@ def standardize(x: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
     """
     scale = 2.0**-40
     dims = None if channels is None else tuple(range(1, x.dim()))
-    centred = x - x.mean(dims, keepdim=channels is not None)
-    variance = (centred * scale).square().mean(dims, keepdim=channels is not None)
-    return centred, variance.clamp((STEP_FLOOR * scale) ** 2, torch.finfo(x.dtype).max).sqrt() / scale
+    centered = x - x.mean(dims, keepdim=channels is not None)
+    variance = (centered * scale).square().mean(dims, keepdim=channels is not None)
+    return centered, variance.clamp((STEP_FLOOR * scale) ** 2, torch.finfo(x.dtype).max).sqrt() / scale
 
 
 def sample(x: Tensor, size: int = 2**13) -> Tensor:
@@ -68,7 +68,7 @@ class FakeQuant(nn.Module):
     """Base of all fake-quantizers: clamp to [qn, qp], round, both skipped while ``rounding`` is False.
 
     A weight's step may be one for each output channel (the first dimension of the weight): ``channels`` is their number,
-    None for one step for the tensor. Parameters then have the shape [channels]; ``along`` makes them fit the weight.
+    None for one step for the tensor. Parameters then have the shape [channels]; ``broadcast_channels`` makes them fit the weight.
     """
 
     before_relu = False  # an activation quantizer that takes what the ReLU would, and is followed by it
@@ -82,21 +82,25 @@ class FakeQuant(nn.Module):
         self.bits, self.qn, self.qp = bits, qn, qp
         self.rounding = True
 
-    def into_codes(self, x: Tensor) -> Tensor:
+    def to_codes(self, x: Tensor) -> Tensor:
         """Float tensor -> real-valued codes, before clamp and round."""
         raise NotImplementedError
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         """Codes of ``x`` -> the values that the network computes with."""
         raise NotImplementedError
 
-    def latent(self, u: Tensor, x: Tensor) -> Tensor:
-        """The inverse of ``into_codes``, with the statistics of ``x`` where it uses any."""
-        return self.from_codes(u, x)
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
+        """The inverse of ``to_codes``, with the statistics of ``x`` where it uses any."""
+        return self.dequantize(u, x)
+
+    def scale(self) -> Tensor:
+        """The distance of two neighboring values, a scalar or one for each channel [C]."""
+        raise NotImplementedError
 
     def step(self) -> Tensor:
-        """The distance of two neighbouring values, a scalar or one for each channel [C]."""
-        raise NotImplementedError
+        """The same as ``scale``."""
+        return self.scale()
 
     def calibrate(self, x: Tensor) -> None:
         """Set the step from data, in place, so that an optimizer made before keeps its parameter.
@@ -106,15 +110,15 @@ class FakeQuant(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self.into_codes(x)
+        u = self.to_codes(x)
         if self.rounding:
             u = round_ste(u.clamp(self.qn, self.qp))
-        return self.from_codes(u, x)
+        return self.dequantize(u, x)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """int16 codes of ``x``, same shape."""
-        return self.into_codes(x).clamp(self.qn, self.qp).round().to(torch.int16)
+        return self.to_codes(x).clamp(self.qn, self.qp).round().to(torch.int16)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A float network's state dict loads strictly: a quantizer of which it has nothing isn't missed, its step unset."""
@@ -125,7 +129,7 @@ class FakeQuant(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.calibrated = own <= state_dict.keys()
 
-    def step_parameters(self) -> list[nn.Parameter]:
+    def scale_parameters(self) -> list[nn.Parameter]:
         """Parameters that must stay positive; like all parameters of a quantizer they take no weight decay."""
         return [p for p in self.parameters(recurse=False) if p.requires_grad]
 
@@ -139,12 +143,12 @@ class FakeQuant(nn.Module):
             )
 
     @staticmethod
-    def along(value: Tensor, x: Tensor) -> Tensor:
+    def broadcast_channels(value: Tensor, x: Tensor) -> Tensor:
         """A scalar as it is; [C] in a shape that broadcasts over ``x`` [C, ...]."""
         return value if value.dim() == 0 else value.view(-1, *[1] * (x.dim() - 1))
 
     @staticmethod
-    def each(x: Tensor, channels: int | None) -> Tensor:
+    def channel_rows(x: Tensor, channels: int | None) -> Tensor:
         """``x`` as rows, one for each step: [1, N], or [C, N / C]."""
         return x.reshape(channels or 1, -1)
 
@@ -155,7 +159,7 @@ class FakeQuant(nn.Module):
 class Quantizer:
     """A family of fake-quantizers. Subclasses give ``weight_type`` and ``act_type``; 32 bits is nn.Identity.
 
-    Flags of a quantizer are spelt ``--<name>_<option>`` and arrive as keyword arguments ``<option>``.
+    Flags of a quantizer are spelled ``--<name>_<option>`` and arrive as keyword arguments ``<option>``.
     """
 
     name = ""

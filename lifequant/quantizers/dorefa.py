@@ -1,4 +1,4 @@
-"""DoReFa-Net (Zhou et al., 2016): nothing is learnt, weights are squeezed by tanh, activations clipped to [0, 1]."""
+"""DoReFa-Net (Zhou et al., 2016): nothing is learned, weights are squeezed by tanh, activations clipped to [0, 1]."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class DoReFaWeight(FakeQuant):
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, 0, 2**bits - 1)
         self.channels = channels
-        distance = torch.full(() if channels is None else (channels,), 2 / self.qp)
-        self.register_buffer("distance", distance, persistent=False)
+        scale = torch.full(() if channels is None else (channels,), 2 / self.qp)
+        self.register_buffer("fixed_scale", scale, persistent=False)
 
     def _largest(self, squeezed: Tensor) -> Tensor:
         """max|tanh w|, never 0: weights that all are zero have the middle code."""
-        largest = self.each(squeezed, self.channels).abs().amax(1).clamp(min=STEP_FLOOR)
-        return self.along(largest if self.channels else largest[0], squeezed)
+        largest = self.channel_rows(squeezed, self.channels).abs().amax(1).clamp(min=STEP_FLOOR)
+        return self.broadcast_channels(largest if self.channels else largest[0], squeezed)
 
-    def into_codes(self, x: Tensor) -> Tensor:
+    def to_codes(self, x: Tensor) -> Tensor:
         squeezed = x.tanh()
         return self.qp * (squeezed / (2 * self._largest(squeezed)) + 0.5)
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         return 2 * u / self.qp - 1
 
-    def latent(self, u: Tensor, x: Tensor) -> Tensor:
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
         bound = 1 - torch.finfo(x.dtype).eps  # a code at the end may stand for no finite weight
         return ((2 * u / self.qp - 1) * self._largest(x.tanh())).clamp(-bound, bound).atanh()
 
-    def step(self) -> Tensor:
-        return self.distance
+    def scale(self) -> Tensor:
+        return self.fixed_scale
 
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
@@ -50,16 +50,16 @@ class DoReFaActivation(FakeQuant):
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits, 0, 2**bits - 1)
-        self.register_buffer("distance", torch.tensor(1 / self.qp), persistent=False)
+        self.register_buffer("fixed_scale", torch.tensor(1 / self.qp), persistent=False)
 
-    def into_codes(self, x: Tensor) -> Tensor:
+    def to_codes(self, x: Tensor) -> Tensor:
         return x * self.qp
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         return u / self.qp
 
-    def step(self) -> Tensor:
-        return self.distance
+    def scale(self) -> Tensor:
+        return self.fixed_scale
 
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
@@ -67,6 +67,6 @@ class DoReFaActivation(FakeQuant):
 
 @register("quantizer", "dorefa")
 class DoReFaQuantizer(Quantizer):
-    help = "weights through tanh, activations clipped to 0..1, nothing learnt (DoReFa-Net, Zhou et al., 2016)"
+    help = "weights through tanh, activations clipped to 0..1, nothing learned (DoReFa-Net, Zhou et al., 2016)"
     weight_type = DoReFaWeight
     act_type = DoReFaActivation

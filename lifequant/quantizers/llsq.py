@@ -49,17 +49,17 @@ class LLSQ(FakeQuant):
     def __init__(self, bits: int, qn: int, qp: int, channels: int | None = None) -> None:
         super().__init__(bits, qn, qp)
         self.channels = channels
-        self.size = nn.Parameter(torch.ones(() if channels is None else channels))
+        self.step_size = nn.Parameter(torch.ones(() if channels is None else channels))
 
-    def into_codes(self, x: Tensor) -> Tensor:
-        return x / self.along(self.size.detach(), x)
+    def to_codes(self, x: Tensor) -> Tensor:
+        return x / self.broadcast_channels(self.step_size.detach(), x)
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
-        rows = self.each(x.detach(), self.channels)
-        return u * self.along(SimulatedGradient.apply(self.size, rows, self.qn, self.qp), x)
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
+        rows = self.channel_rows(x.detach(), self.channels)
+        return u * self.broadcast_channels(SimulatedGradient.apply(self.step_size, rows, self.qn, self.qp), x)
 
-    def step(self) -> Tensor:
-        return self.size.detach()
+    def scale(self) -> Tensor:
+        return self.step_size.detach()
 
 
 class LLSQWeight(LLSQ):
@@ -74,17 +74,17 @@ class LLSQWeight(LLSQ):
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self.into_codes(x)
+        u = self.to_codes(x)
         if self.rounding:
             u = u.clamp(self.qn, self.qp).round()
-        return self.from_codes(u.detach(), x) + (x - x.detach())
+        return self.dequantize(u.detach(), x) + (x - x.detach())
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
         parts = 2 ** (self.bits - 1) if self.channels is None else self.qp
-        size = self.each(x, self.channels).abs().amax(1) / parts
-        self.size.copy_(size.clamp(min=STEP_FLOOR).view_as(self.size))
+        size = self.channel_rows(x, self.channels).abs().amax(1) / parts
+        self.step_size.copy_(size.clamp(min=STEP_FLOOR).view_as(self.step_size))
 
 
 class LLSQActivation(LLSQ):
@@ -96,7 +96,7 @@ class LLSQActivation(LLSQ):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        self.size.copy_((x.amax() / (2**self.bits if self.bits >= 4 else 2 * self.qp)).clamp(min=STEP_FLOOR))
+        self.step_size.copy_((x.amax() / (2**self.bits if self.bits >= 4 else 2 * self.qp)).clamp(min=STEP_FLOOR))
 
 
 @register("quantizer", "llsq")

@@ -21,30 +21,30 @@ class LSQ(FakeQuant):
     def __init__(self, bits: int, qn: int, qp: int, channels: int | None = None) -> None:
         super().__init__(bits, qn, qp)
         self.channels = channels
-        self.size = nn.Parameter(torch.ones(() if channels is None else channels))
+        self.step_size = nn.Parameter(torch.ones(() if channels is None else channels))
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return self.along(scale_gradient(self.size, 1 / math.sqrt(self.features(x) * self.qp)), x)
+        return self.broadcast_channels(scale_gradient(self.step_size, 1 / math.sqrt(self.features(x) * self.qp)), x)
 
     def features(self, x: Tensor) -> int:
         """N of the gradient's scale: values that share a step."""
         return x.numel() // (self.channels or 1)
 
-    def into_codes(self, x: Tensor) -> Tensor:
+    def to_codes(self, x: Tensor) -> Tensor:
         return x / self._scaled(x)
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         return u * self._scaled(x)
 
-    def step(self) -> Tensor:
-        return self.size.detach()
+    def scale(self) -> Tensor:
+        return self.step_size.detach()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        size = self.each(x, self.channels).abs()
+        size = self.channel_rows(x, self.channels).abs()
         size = torch.minimum(2 * size.mean(1) / math.sqrt(self.qp), size.amax(1) / self.qp)
-        self.size.copy_(size.clamp(min=STEP_FLOOR).view_as(self.size))
+        self.step_size.copy_(size.clamp(min=STEP_FLOOR).view_as(self.step_size))
 
 
 class LSQWeight(LSQ):

@@ -20,9 +20,9 @@ class LSQPlusWeight(LSQWeight):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        rows = self.each(x, self.channels).double()
+        rows = self.channel_rows(x, self.channels).double()
         reach = rows.mean(1).abs() + 3 * rows.std(1, correction=0)
-        self.size.copy_((reach / 2 ** (self.bits - 1)).clamp(min=STEP_FLOOR).view_as(self.size))
+        self.step_size.copy_((reach / 2 ** (self.bits - 1)).clamp(min=STEP_FLOOR).view_as(self.step_size))
 
 
 class LSQPlusActivation(LSQActivation):
@@ -38,20 +38,20 @@ class LSQPlusActivation(LSQActivation):
     def _offset(self, x: Tensor) -> Tensor:
         return scale_gradient(self.offset, 1 / math.sqrt(self.features(x) * self.qp))
 
-    def into_codes(self, x: Tensor) -> Tensor:
+    def to_codes(self, x: Tensor) -> Tensor:
         return (x - self._offset(x)) / self._scaled(x)
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         return u * self._scaled(x) + self._offset(x)
 
-    def step_parameters(self) -> list[nn.Parameter]:
-        return [self.size]  # the offset may have either sign
+    def scale_parameters(self) -> list[nn.Parameter]:
+        return [self.step_size]  # the offset may have either sign
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
         size, offset = least_error(sample(x), self.qp)
-        self.size.fill_(max(size, STEP_FLOOR))
+        self.step_size.fill_(max(size, STEP_FLOOR))
         self.offset.fill_(offset)
 
 
@@ -70,9 +70,9 @@ def least_error(values: Tensor, qp: int) -> tuple[float, float]:
     b = torch.zeros_like(s)
     for _ in range(ROUNDS):
         q = ((v - b) / s).round().clamp(0, qp)
-        centred = q - q.mean(1, keepdim=True)
-        spread = centred.square().sum(1, keepdim=True)
-        s = torch.where(spread > 0, (centred * v).sum(1, keepdim=True) / spread, s)  # one code alone says nothing of s
+        centered = q - q.mean(1, keepdim=True)
+        spread = centered.square().sum(1, keepdim=True)
+        s = torch.where(spread > 0, (centered * v).sum(1, keepdim=True) / spread, s)  # one code alone says nothing of s
         b = (v - s * q).mean(1, keepdim=True)
     error = (s * ((v - b) / s).round().clamp(0, qp) + b - v).square().mean(1)
     best = error.argmin()

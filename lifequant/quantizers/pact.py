@@ -24,20 +24,20 @@ class PACTActivation(FakeQuant):
         super().__init__(bits, 0, 2**bits - 1)
         self.alpha = nn.Parameter(torch.tensor(10.0))
 
-    def into_codes(self, x: Tensor) -> Tensor:
-        return x / self.step()
+    def to_codes(self, x: Tensor) -> Tensor:
+        return x / self.scale()
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
-        return u * self.step()
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
+        return u * self.scale()
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self.into_codes(x)
+        u = self.to_codes(x)
         if not self.rounding:
-            return self.from_codes(u, x)
+            return self.dequantize(u, x)
         clipped = (u >= self.qp).to(u.dtype)
-        return self.from_codes(round_ste(u.clamp(self.qn, self.qp)), x) + clipped * (self.alpha - self.alpha.detach())
+        return self.dequantize(round_ste(u.clamp(self.qn, self.qp)), x) + clipped * (self.alpha - self.alpha.detach())
 
-    def step(self) -> Tensor:
+    def scale(self) -> Tensor:
         return self.alpha.detach() / self.qp
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ class ProxQWeight(FakeQuant):
 
     The codes depend on (w - mean)/std and c alone. alpha only scales the output (behind a BatchNorm its gradient is 0):
     calibrate() sets it to c * std, so that the layer starts with its own scale, and it stays. The gradient goes
-    straight through the rounding and truly through mean and std. c is learnt if ``learn_c``.
+    straight through the rounding and truly through mean and std. c is learned if ``learn_c``.
     """
 
     linear = True
@@ -37,18 +37,18 @@ class ProxQWeight(FakeQuant):
         self.c = nn.Parameter(torch.full(shape, float(BEST_C[bits] if c is None else c)), requires_grad=learn_c)
         self.register_buffer("alpha", torch.ones(shape))
 
-    def into_codes(self, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return centred * (self.qp / (self.along(self.c, x) * std))
+    def to_codes(self, x: Tensor) -> Tensor:
+        centered, std = standardize(x, self.channels)
+        return centered * (self.qp / (self.broadcast_channels(self.c, x) * std))
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
-        return u * self.along(self.step(), x)
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
+        return u * self.broadcast_channels(self.scale(), x)
 
-    def latent(self, u: Tensor, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return x - centred + u * (self.along(self.c, x) * std / self.qp)
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
+        centered, std = standardize(x, self.channels)
+        return x - centered + u * (self.broadcast_channels(self.c, x) * std / self.qp)
 
-    def step(self) -> Tensor:
+    def scale(self) -> Tensor:
         return self.alpha / self.qp
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ class UniformWeight(FakeQuant):
     """w_q = Q_k((w - mean) / std / 2), Q_k(x) = round(x n) / n, n = 2^b - 1, NOT clamped.
 
     Gaussian weights take about 60 codes at "4 bits" and 13 at "2". qn and qp are what b bits would allow; codes go
-    beyond. The gradient is straight through the rounding, true through mean and std; nothing is learnt or calibrated.
+    beyond. The gradient is straight through the rounding, true through mean and std; nothing is learned or calibrated.
     """
 
     exceeds_bits = True
@@ -22,32 +22,32 @@ class UniformWeight(FakeQuant):
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         self.channels = channels
-        self.parts = 2**bits - 1
-        distance = torch.full(() if channels is None else (channels,), 1 / self.parts)
-        self.register_buffer("distance", distance, persistent=False)
+        self.levels = 2**bits - 1
+        scale = torch.full(() if channels is None else (channels,), 1 / self.levels)
+        self.register_buffer("fixed_scale", scale, persistent=False)
 
-    def into_codes(self, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return centred / std * (self.parts / 2)
+    def to_codes(self, x: Tensor) -> Tensor:
+        centered, std = standardize(x, self.channels)
+        return centered / std * (self.levels / 2)
 
-    def from_codes(self, u: Tensor, x: Tensor) -> Tensor:
-        return u / self.parts
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
+        return u / self.levels
 
-    def latent(self, u: Tensor, x: Tensor) -> Tensor:
-        centred, std = standardize(x, self.channels)
-        return x - centred + std * (2 / self.parts) * u
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
+        centered, std = standardize(x, self.channels)
+        return x - centered + std * (2 / self.levels) * u
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self.into_codes(x)
-        return self.from_codes(round_ste(u) if self.rounding else u, x)
+        u = self.to_codes(x)
+        return self.dequantize(round_ste(u) if self.rounding else u, x)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """int32, for an outlier of a large tensor goes far; not within qn .. qp."""
-        return self.into_codes(x).round().to(torch.int32)
+        return self.to_codes(x).round().to(torch.int32)
 
-    def step(self) -> Tensor:
-        return self.distance
+    def scale(self) -> Tensor:
+        return self.fixed_scale
 
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)

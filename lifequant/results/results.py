@@ -43,7 +43,7 @@ CODE_IMAGES = 256  # training images over which activation codes are counted
 def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:
     """The means since the last reading: to the curves and the progress bar. False where they are not finite and the run has
     gone back to the last reading (see finite.py)."""
-    with run.clock.within("step"):  # a GPU has the steps before still to do
+    with run.timer.within("step"):  # a GPU has the steps before still to do
         values = means(run.sums)
         bad = run.watch.bad()
     if bad:
@@ -52,14 +52,14 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:
         return False
     run.sums.zero_()
     refuse_divergence(run, values["loss"])
-    speed = run.clock.images_per_second()
+    speed = run.timer.images_per_second()
     for name, value in values.items():
         curves.add_scalar(TAGS[name], value, run.step)
     curves.add_scalar("lr", lr, run.step)
     if speed:
         curves.add_scalar("speed/images_per_second", speed, run.step)
     for name, quant in fake_quants(run.model):
-        curves.add_scalar(f"quantizer_step_size/{name}", quant.step().mean().item(), run.step)
+        curves.add_scalar(f"quantizer_step_size/{name}", quant.scale().mean().item(), run.step)
     bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
     run.watch.keep(run)
     return True
@@ -68,9 +68,9 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:
 def memory_bytes(run: Run, task: Any) -> dict[str, int]:
     """What is kept beside the packed model: replay images and their logits, importances, former weights or models,
     the moving average, and what counts oscillations."""
-    memory = {"replay": task.stored * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
-    for hook in run.hooks:
-        for name, size in hook.memory_bytes().items():
+    memory = {"replay": task.buffer_count * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
+    for callback in run.callbacks:
+        for name, size in callback.memory_bytes().items():
             memory[name] += size
     memory["average"] = run.average.memory_bytes() if run.average else 0
     memory["oscillation"] = run.oscillations.memory_bytes() if run.oscillations else 0
@@ -81,11 +81,11 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
 
 def end_task(run: Run, task: Any) -> None:
     """Evaluate after a task: a row of each matrix, curves, histograms, warnings."""
-    history, place = run.history, task.id
-    with run.clock.part("evaluation", "evaluation"):
+    history, task_index = run.history, task.task_index
+    with run.timer.part("evaluation", "evaluation"):
         scores = evaluate(run.model, run.data, run.config.eval_batch_size)
         if run.config.nme:
-            exemplars = run.data.stored(place + 1, run.config)
+            exemplars = run.data.stored(task_index + 1, run.config)
             history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
     refuse_divergence(run, sum(scores.error), evaluated=True)
     for name, row in (
@@ -95,15 +95,15 @@ def end_task(run: Run, task: Any) -> None:
         ("quantization_error", scores.error),
     ):
         history[name].append(row)
-    history["tasks"].append({"train_images": len(task.new), "replay_images": len(task.replay)})
+    history["tasks"].append({"train_images": len(task.new_rows), "replay_images": len(task.replay)})
     history["training"].append(means(run.epoch_sums))
     history["memory"] = memory_bytes(run, task)
     for i, id in enumerate(run.data.ids):
-        curves = run.log.writer(f"task{id}/test", purge_step=place)
-        curves.add_scalar("accuracy/test_top1", scores.top1[i], place)
-        curves.add_scalar("accuracy/test_top5", scores.top5[i], place)
-        curves.add_scalar("accuracy/test_top1_masked", scores.masked[i], place)
-    curves = run.log.writer(f"task{run.data.ids[place]}")
+        curves = run.log.writer(f"task{id}/test", purge_step=task_index)
+        curves.add_scalar("accuracy/test_top1", scores.top1[i], task_index)
+        curves.add_scalar("accuracy/test_top5", scores.top5[i], task_index)
+        curves.add_scalar("accuracy/test_top1_masked", scores.masked[i], task_index)
+    curves = run.log.writer(f"task{run.data.ids[task_index]}")
     if run.oscillations:
         shares = run.oscillations.share()
         history["oscillation"].append({"oscillating": shares, "frozen": run.oscillations.frozen_share()})
@@ -118,25 +118,27 @@ def end_task(run: Run, task: Any) -> None:
             used = len(unique) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
             curves.add_histogram(f"quantizer_codes/{name}", codes.flatten().cpu().numpy(), run.step)
             curves.add_scalar(f"quantizer_codes_used/{name}", used, run.step)
-    warn_of(run, place)
+    warn_of(run, task_index)
     accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
-    run.log.say(f"after {'all tasks' if run.method.joint else f'task {run.data.ids[place]}'}, top-1 (%): {accuracies}")
+    run.log.say(
+        f"after {'all tasks' if run.method.joint else f'task {run.data.ids[task_index]}'}, top-1 (%): {accuracies}"
+    )
 
 
 def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
     """The quantized weights and the weights' steps at the end of each task, from the checkpoints written then."""
     weights, steps = [], []
-    with run.clock.within("checkpoint"):
+    with run.timer.within("checkpoint"):
         run.writer.wait()
     now = {name: value.clone() for name, value in run.model.state_dict().items()}
-    for place in range(run.num_tasks):
+    for task_index in range(run.num_tasks):
         run.model.load_state_dict(
-            checkpoint.read(run_folder.task_file(run.config.job_dir, place), "run", run.device)["model"]
+            checkpoint.read(run_folder.task_file(run.config.job_dir, task_index), "run", run.device)["model"]
         )
         weights.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
         quants = {name: layer.weight_quant for name, layer in weight_layers(run.model)}
         steps.append(
-            {name: quant.step().mean().item() for name, quant in quants.items() if isinstance(quant, FakeQuant)}
+            {name: quant.scale().mean().item() for name, quant in quants.items() if isinstance(quant, FakeQuant)}
         )
     run.model.load_state_dict(now)
     return weights, steps
@@ -146,8 +148,8 @@ def assemble(run: Run) -> dict[str, Any]:
     """results.json's content."""
     history, data = run.history, run.data
     R = history["top1"]
-    x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method)).batch(task.pool[:CODE_IMAGES])
-    with run.clock.within("evaluation"):
+    x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method.joint)).batch(task.pool[:CODE_IMAGES])
+    with run.timer.within("evaluation"):
         codes = code_counts(run.model, x)
     for name, (quant, _, counts) in codes.items():
         if int((counts > 0).sum()) > 2**quant.bits and not quant.exceeds_bits:
@@ -155,7 +157,9 @@ def assemble(run: Run) -> dict[str, Any]:
     weights, steps = snapshots(run)
     tests = [len(rows) for rows in data.test_rows]
     joint = run.method.joint
-    images = history["tasks"] if not joint else [{"train_images": len(rows), "replay_images": 0} for rows in data.new]
+    images = (
+        history["tasks"] if not joint else [{"train_images": len(rows), "replay_images": 0} for rows in data.new_rows]
+    )
     return {
         "schema": SCHEMA,
         "config": run.config.asdict(paths=False),
@@ -186,7 +190,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "memory_bytes": {"packed_model": packed_model_bytes(run.model), **history["memory"]},
         "seconds": round(history["seconds"], 3),
         "seconds_by_part": {name: round(seconds, 3) for name, seconds in history["seconds_by_part"].items()},
-        "images_per_second": run.clock.images_per_second(),
+        "images_per_second": run.timer.images_per_second(),
         "warnings": run.log.warnings,
         "skipped_steps": history.get("skipped", {}).get("steps", 0),
         "versions": {"torch": torch.__version__, "lifequant": metadata_version(), "commit": commit()},
@@ -195,13 +199,13 @@ def assemble(run: Run) -> dict[str, Any]:
 
 def finish(run: Run) -> dict[str, Any]:
     """Write model_best.pt and results.json, print the table."""
-    run.clock.stop()
-    run.clock.switch("logging")
+    run.timer.stop()
+    run.timer.switch("logging")
     results = assemble(run)
     folder = Path(run.config.job_dir)
     model = checkpoint.model_state(run.config, run.model, run.data.class_names)
-    for place in (folder, folder / "checkpoint"):
-        checkpoint.write(place / "model_best.pt", model)
+    for target in (folder, folder / "checkpoint"):
+        checkpoint.write(target / "model_best.pt", model)
     if not run.config.val_fraction:
         run.log.say("model_best.pt is the last epoch's model: without --val_fraction no epoch is chosen")
     run.log.summary(results)
@@ -210,7 +214,7 @@ def finish(run: Run) -> dict[str, Any]:
         ok = sum(codes <= 2**bits for codes, bits, _ in most)
         run.log.say(f"codes: {ok} of {len(most)} quantized tensors use at most 2^bits values")
     run.log.say(table(results))
-    results["time_share"] = run.clock.time_share()
+    results["time_share"] = run.timer.time_share()
     fault_injection.point("table")
     run_folder.write_json(folder / "results.json", results)
     return results

@@ -24,15 +24,15 @@ def refuse_divergence(run: Run, value: float, evaluated: bool = False) -> None:
     if not math.isfinite(value):
         why = diagnose_evaluation(run) if evaluated else "the mean loss is not finite"
         raise UserError(
-            f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.place]}, step {run.step}: "
+            f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.task_index]}, step {run.step}: "
             f"{why}. No step can be left out for it; begin anew with a smaller --lr, --ll_lambda or --step_lr"
         )
 
 
-def warn_of(run: Run, place: int) -> None:
+def warn_of(run: Run, task_index: int) -> None:
     """Warn at a task's end of what its numbers say of the run; of each thing once a run, however it goes on.
 
-    Held down: the newest task, judged among its own classes, is learnt less well than 0.8 times the first was. (Overall
+    Held down: the newest task, judged among its own classes, is learned less well than 0.8 times the first was. (Overall
     accuracy would not do: it falls as the classes of former tasks compete.)
     """
     now, masked = run.history["training"][-1], run.history["top1_masked"]
@@ -40,31 +40,31 @@ def warn_of(run: Run, place: int) -> None:
     if now["penalty"] > now["task_loss"]:
         once(
             run,
-            f"task {place}: ",
+            f"task {run.data.ids[task_index]}: ",
             "the penalty is larger than the task loss",
             f" ({now['penalty']:.3g}, {now['task_loss']:.3g}): {remedy}",
         )
-    elif run.guard.holds_down and place > 0 and masked[place][place] < 0.8 * masked[0][0]:
+    elif run.guard.has_penalty and task_index > 0 and masked[task_index][task_index] < 0.8 * masked[0][0]:
         once(
             run,
-            f"task {place} is learnt to {masked[place][place]:.1f} % (task-masked) where the first was to {masked[0][0]:.1f} %: ",
+            f"task {run.data.ids[task_index]} is learned to {masked[task_index][task_index]:.1f} % (task-masked) where the first was to {masked[0][0]:.1f} %: ",
             "the penalty holds it down, or it is harder",
             f"; {remedy}",
         )
-    _warn_of_chance(run, place)
-    for name, updates in run.steps.most_bounded().items():
+    _warn_of_chance(run, task_index)
+    for name, updates in run.scales.most_limited().items():
         if updates > MUCH_BOUNDED * run.step:
             once(
                 run,
-                f"task {place}: ",
+                f"task {run.data.ids[task_index]}: ",
                 f"the step size of {name} would have changed by more than a tenth",
                 f" at {updates} of {run.step} updates, and was held to that: a smaller --lr or --step_lr may do better",
             )
     for name, quant in fake_quants(run.model):
-        if quant.step().min().item() <= STEP_FLOOR:
+        if quant.scale().min().item() <= STEP_FLOOR:
             once(
                 run,
-                f"task {place}: ",
+                f"task {run.data.ids[task_index]}: ",
                 f"the step size of {name} is at its floor",
                 ": this layer has stopped quantizing sensibly; a smaller --lr or --step_lr may do better",
             )
@@ -74,24 +74,24 @@ def warn_of_one_code(run: Run, layer: str) -> None:
     """Warn of a layer whose weights have all become one value, so that it computes the same of every channel."""
     once(
         run,
-        f"task {run.data.ids[run.place]}: ",
+        f"task {run.data.ids[run.task_index]}: ",
         f"all weights of {layer} have one code",
         ": it can tell nothing apart; a smaller --lr or --step_lr, or more bits for it (--layer_bits) may do better",
     )
 
 
-def _warn_of_chance(run: Run, place: int) -> None:
+def _warn_of_chance(run: Run, task_index: int) -> None:
     """The newest task, judged among its own classes, is no better than to say its most frequent class of every test image.
 
     "No better": so many hits or more come about by chance in more than AT_CHANCE of cases (binomial, one-sided).
     """
-    labels = run.data.test.labels[torch.tensor(run.data.test_rows[place])].cpu()
-    accuracy, images = run.history["top1_masked"][-1][place], len(labels)
+    labels = run.data.test.labels[torch.tensor(run.data.test_rows[task_index])].cpu()
+    accuracy, images = run.history["top1_masked"][-1][task_index], len(labels)
     chance = labels.bincount().max().item() / images
     if chance < 1 and chance_of(round(accuracy * images / 100), images, chance) > AT_CHANCE:
         once(
             run,
-            f"task {run.data.ids[place]}: ",
+            f"task {run.data.ids[task_index]}: ",
             "its accuracy is at chance",
             f": {accuracy:.1f} % among its own classes, where {100 * chance:.1f} % are of one class ({images} test images): "
             "more --num_epochs or another --lr may do better",

@@ -10,7 +10,7 @@ program needs to know who it is. Gradients are averaged here and not by Distribu
 as one function of the run, and is more than the network's forward.
 
 BatchNorm takes the statistics of all parts together on GPUs (torch's SyncBatchNorm); torch has none for the CPU, where each
-process normalises by its own part, and the running statistics are averaged at every step.
+process normalizes by its own part, and the running statistics are averaged at every step.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def follow(config: Config, scratch: str) -> Config:
     return replace(config, job_dir=str(Path(scratch) / "run"), resume=resume, reset=False)
 
 
-def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with BatchNorm over all processes' parts of a batch, where torch can: on GPUs."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world_size() > 1 and device.type == "cuda" else model
 
@@ -140,24 +140,24 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def mine(place: int) -> bool:
-    """Whether the part at ``place`` of some work is this process's."""
-    return place % world_size() == rank()
+def mine(index: int) -> bool:
+    """Whether the part at ``index`` of some work is this process's."""
+    return index % world_size() == rank()
 
 
 def own(parts: Sequence[T]) -> list[tuple[int, T]]:
-    """(place, part) of those parts of some work that are this process's."""
-    return [(place, part) for place, part in enumerate(parts) if mine(place)]
+    """(index, part) of those parts of some work that are this process's."""
+    return [(index, part) for index, part in enumerate(parts) if mine(index)]
 
 
 def gathered(found: dict[int, Tensor], device: torch.device) -> Tensor:
-    """All processes' parts [n, C] in the order of their places, in one tensor; each process gives its ``own``."""
+    """All processes' parts [n, C] in the order of their indices, in one tensor; each process gives its ``own``."""
     if world_size() == 1:
         return torch.cat(list(found.values()))
     everyone: list[dict[int, Tensor]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(everyone, {place: part.cpu() for place, part in found.items()})
-    parts = {place: part for process in everyone for place, part in process.items()}
-    return torch.cat([parts[place] for place in sorted(parts)]).to(device)
+    dist.all_gather_object(everyone, {index: part.cpu() for index, part in found.items()})
+    parts = {index: part for process in everyone for index, part in process.items()}
+    return torch.cat([parts[index] for index in sorted(parts)]).to(device)
 
 
 def check_agreement(model: nn.Module) -> None:

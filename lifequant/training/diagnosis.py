@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lifequant.data.augment import normalise
+from lifequant.data.augment import normalize
 from lifequant.data.image_storage import take
 from lifequant.losses import distillation
 from lifequant.qat.layers import no_rounding
-from lifequant.qat.modes import trial
+from lifequant.qat.modes import preserve_state
 
 if TYPE_CHECKING:
     from lifequant.data.task import Batch
@@ -27,7 +27,7 @@ def diagnose(run: Run, batch: Batch) -> str:
     and changes nothing of the run.
     """
     batch = run.with_teacher(batch)
-    with trial(run.model), run.autocast():
+    with preserve_state(run.model), run.autocast():
         logits, output = watched_forward(run.model, batch.x)
     terms = loss_terms(run, logits.float(), batch)
     bad = [f"the {name} is {value:g}" for name, value in terms.items() if not is_finite(value)]
@@ -59,9 +59,9 @@ def diagnose_evaluation(run: Run) -> str:
     """One line on test images of which what the model computes is not finite."""
     store = run.data.test
     for how, context in (("", nullcontext()), (" with rounding and clamping off", no_rounding(run.model))):
-        with context, trial(run.model, train=False):
+        with context, preserve_state(run.model, train=False):
             for rows in torch.arange(len(store.paths)).split(run.config.eval_batch_size):
-                x = normalise(take(store.images, rows, run.device))
+                x = normalize(take(store.images, rows, run.device))
                 if layer := watched_forward(run.model.eval(), x)[1]:
                     return f"of test images{how} the first layer with an output that is not finite is {layer}"
     return "the quantization error of test images is too large for float32"

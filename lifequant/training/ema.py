@@ -15,7 +15,7 @@ class WeightAverage:
     Latent weights, BatchNorm's affine and statistics, and the quantizers' own parameters are averaged; integer buffers
     are copied. The average starts as a copy at the first update. A network that loads it quantizes the averaged latent
     weights, so it has its b bits. ``decay`` is in [0, 1): 0.999 averages over about the last 1,000 steps. Keeps the
-    model's size once more (float32), on its device, and never synchronises it. Raises ValueError for another decay.
+    model's size once more (float32), on its device, and never synchronizes it. Raises ValueError for another decay.
     """
 
     def __init__(self, decay: float) -> None:

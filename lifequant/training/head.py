@@ -17,7 +17,7 @@ MOMENTUM = 0.9
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """int64 [N], on the CPU: N places in ``labels`` [N], drawn with replacement, each class as likely as any other."""
+    """int64 [N], on the CPU: N rows in ``labels`` [N], drawn with replacement, each class as likely as any other."""
     labels = labels.cpu()
     weights = 1 / torch.bincount(labels).double()
     return torch.multinomial(weights[labels], len(labels), replacement=True, generator=generator)
@@ -36,15 +36,15 @@ def train_head(
     labels = task.labels[task.pool]
     inputs = features(model, (task.batch(rows)[0] for rows in task.pool.split(batch_size)))
     head = last_linear(model)
-    learnt = [p for p in (head.weight, head.bias) if p is not None]
-    optimizer = torch.optim.SGD(learnt, lr=lr, momentum=MOMENTUM)
+    learned = [p for p in (head.weight, head.bias) if p is not None]
+    optimizer = torch.optim.SGD(learned, lr=lr, momentum=MOMENTUM)
     steps = epochs * -(-len(labels) // batch_size)
     step = 0
     for _ in range(epochs):
-        for places in balanced_order(labels, generator).to(labels.device).split(batch_size):
+        for rows in balanced_order(labels, generator).to(labels.device).split(batch_size):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-            loss = F.cross_entropy(head(inputs[places]), labels[places])
-            for p, gradient in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
+            loss = F.cross_entropy(head(inputs[rows]), labels[rows])
+            for p, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                 p.grad = gradient  # of these alone: the quantizers' steps get none
             optimizer.step()
             step += 1

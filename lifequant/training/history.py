@@ -43,7 +43,7 @@ def step_sums(logits: Tensor, y: Tensor, task_loss: Tensor, penalty: Tensor) -> 
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """The sums per image; a device synchronisation."""
+    """The sums per image; a device synchronization."""
     task_loss, penalty, top1, top5, images = sums.tolist()
     n = max(images, 1)
     return {"loss": (task_loss + penalty) / n, "task_loss": task_loss / n, "penalty": penalty / n,

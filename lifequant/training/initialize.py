@@ -23,11 +23,11 @@ CALIBRATION_IMAGES = 256
 def prepare(run: Run) -> None:
     """A new run's model: source or random, steps from data; a forked run's state."""
     config, data = run.config, run.data
-    first = data.task(0, config, run.method)
-    x, _ = first.batch(first.new[torch.linspace(0, len(first.new) - 1, CALIBRATION_IMAGES).long().unique()])
+    first = data.task(0, config, run.method.joint)
+    x, _ = first.batch(first.new_rows[torch.linspace(0, len(first.new_rows) - 1, CALIBRATION_IMAGES).long().unique()])
     calibrate(run.model, x)
     if not run.method.joint and run.num_tasks > 1:
-        with run.clock.within("evaluation"):
+        with run.timer.within("evaluation"):
             run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
     if config.pretrained:
         path = find_source(config)
@@ -45,16 +45,16 @@ def prepare(run: Run) -> None:
             former.get(name) == value for name, value in config.asdict().items() if name in {"method", "penalty"} | own
         )
         if not same:  # until here they agree; the method's own state is made from the former task, as at its end
-            task = data.task(config.start_task - 1, config, run.method)
-            for hook in run.hooks:
-                hook.begin_task(run.model, data.task(0, config, run.method))
+            task = data.task(config.start_task - 1, config, run.method.joint)
+            for callback in run.callbacks:
+                callback.begin_task(run.model, data.task(0, config, run.method.joint))
             checkpoint.load_strictly(path, run.model, state["model"])
-            for hook in run.hooks:
-                hook.end_task(run.model, task)
+            for callback in run.callbacks:
+                callback.end_task(run.model, task)
             state["method"] = run.method.state_dict()
             state["penalty"] = None if run.guard is run.method else run.guard.state_dict()
         run.load(state, path)
-        run.log.say(f"begun at task {data.ids[run.place]} with the state of {config.from_run}")
+        run.log.say(f"begun at task {data.ids[run.task_index]} with the state of {config.from_run}")
 
 
 def find_source(config: Config) -> Path:

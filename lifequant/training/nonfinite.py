@@ -5,7 +5,7 @@ counts it. What counts as not finite is NaN, infinity, and what LIMIT is exceede
 may overflow, so that the state of before is one whose numbers are all finite.
 
 On the CPU, and with ``skip`` on a GPU, each step is looked at after its backward pass, before anything but BatchNorm's
-running statistics has changed, and these are put back. On a GPU that is a synchronisation at each step, so ``stop`` does
+running statistics has changed, and these are put back. On a GPU that is a synchronization at each step, so ``stop`` does
 without: the largest number since the last reading (--print_freq) stays on the device, and is read with the losses. Where it
 is not finite the run goes back to the state at the reading before, of which a copy is kept on the device, and does these
 steps again, looked at one by one. A checkpoint that falls due meanwhile is that copy.
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from lifequant.training.run import Run
 
 LIMIT = 1e18  # of a diverged run alone; its square is finite in float32, which ends at 3.4e38
-MOST_IN_A_ROW = 100  # steps left out one after another: nothing is being learnt any more
+MOST_IN_A_ROW = 100  # steps left out one after another: nothing is being learned any more
 REMEDY = "a smaller --lr, --ll_lambda or --step_lr"
 
 
 class Watch:
-    """Looks at each step's numbers. About 1 ms a step of ResNet-20 on a CPU, 0.3 % at batches of 128; ``late``: no device synchronisation."""
+    """Looks at each step's numbers. About 1 ms a step of ResNet-20 on a CPU, 0.3 % at batches of 128; ``late``: no device synchronization."""
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
         self.skips = config.on_nan == "skip"
@@ -79,16 +79,16 @@ class Watch:
             torch._foreach_copy_(self.buffers, self.former)
 
     def bad(self) -> bool:
-        """Whether a number since the last reading was not finite, where it is read late; a device synchronisation."""
+        """Whether a number since the last reading was not finite, where it is read late; a device synchronization."""
         return self.late and not self.largest.item() <= LIMIT
 
     def keep(self, run: Run) -> None:
         """A reading went well: remember the state, where it may be needed."""
         if self.late:
-            since = run.clock.checkpoint
+            since = run.timer.checkpoint
             self.largest.zero_()
             self.kept = copy.deepcopy({name: value for name, value in run.state().items() if name != "history"})
-            run.clock.checkpoint = since  # this is no checkpoint
+            run.timer.checkpoint = since  # this is no checkpoint
 
     def state(self, run: Run) -> dict[str, Any] | None:
         """The state that a checkpoint is to hold instead of the present one, which is not finite; None as a rule."""
@@ -96,13 +96,13 @@ class Watch:
 
     def go_back(self, run: Run) -> None:
         """To the last reading; from here on each step is looked at."""
-        clock = run.clock
+        clock = run.timer
         run.load({**self.kept, "history": run.history, "warnings": run.log.warnings}, Path(run.config.job_dir))
-        run.clock, self.late, self.kept = clock, False, None
+        run.timer, self.late, self.kept = clock, False, None
 
 
 def largest(tensors: list[Tensor]) -> Tensor:
-    """The largest magnitude in dense tensors of one type and device, NaN where there is one: scalar. No synchronisation."""
+    """The largest magnitude in dense tensors of one type and device, NaN where there is one: scalar. No synchronization."""
     if tensors[0].is_cuda:
         return torch.stack(torch._foreach_norm(tensors, torch.inf)).amax()
     # In the order of memory, whatever the layout: half the time of a norm each, on a CPU.
@@ -110,24 +110,24 @@ def largest(tensors: list[Tensor]) -> Tensor:
     return torch.maximum(-least, most)
 
 
-def leave_out(run: Run, batch: Batch, save: Callable[[Run], None]) -> Tensor:
+def skip_step(run: Run, batch: Batch, save: Callable[[Run], None]) -> Tensor:
     """What becomes of a step that is not finite: no change, sums of 0 (results.step_sums), or, after ``save``, UserError."""
-    place, step = run.data.ids[run.place], run.step
+    task_id, step = run.data.ids[run.task_index], run.step
     why = diagnose(run, batch)
     run.optimizer.zero_grad()
     run.watch.put_back()
     skipped = run.history.get("skipped", {"steps": 0, "in_a_row": 0, "last": None})
-    in_a_row = skipped["in_a_row"] if skipped["last"] == [run.place, step - 1] else 0
+    in_a_row = skipped["in_a_row"] if skipped["last"] == [run.task_index, step - 1] else 0
     if not run.watch.skips or in_a_row == MOST_IN_A_ROW:
-        raise _stopped(run, f"the run diverged in task {place}, step {step}: {why}", save)
-    run.history["skipped"] = {"steps": skipped["steps"] + 1, "in_a_row": in_a_row + 1, "last": [run.place, step]}
+        raise _stopped(run, f"the run diverged in task {task_id}, step {step}: {why}", save)
+    run.history["skipped"] = {"steps": skipped["steps"] + 1, "in_a_row": in_a_row + 1, "last": [run.task_index, step]}
     if skipped["steps"] == 0:
         run.log.warn(
-            f"steps that are not finite are left out (--on_nan skip; skipped_steps counts them), the first in task {place}, "
+            f"steps that are not finite are left out (--on_nan skip; skipped_steps counts them), the first in task {task_id}, "
             f"step {step}: {why}"
         )
     else:
-        run.log.note(f"task {place}, step {step} is left out: {why}")
+        run.log.note(f"task {task_id}, step {step} is left out: {why}")
     return torch.zeros_like(run.sums)
 
 
@@ -136,7 +136,7 @@ def _stopped(run: Run, what: str, save: Callable[[Run], None]) -> UserError:
         save(run)
         run.writer.wait()
         kept = "the state before that step is kept"
-    elif run.place:
+    elif run.task_index:
         kept = "the task before is kept"
     else:
         kept = "nothing was trained before"

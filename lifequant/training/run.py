@@ -16,17 +16,18 @@ from lifequant.checkpointing import checked, checked_run, checkpoint, run_folder
 from lifequant.checkpointing.async_writer import Writer
 from lifequant.common.errors import UserError
 from lifequant.config import Config
-from lifequant.data.dataset import DataSet
+from lifequant.data.dataset import DataSet, data_key
 from lifequant.data.task import Batch, Task
 from lifequant.losses import distillation
 from lifequant.methods.base import LifelongMethod
+from lifequant.models.build import build
 from lifequant.penalties.base import PENALTIES
 from lifequant.qat.oscillations import Oscillations
-from lifequant.qat.scales import StepSizes, param_groups
-from lifequant.results import results
+from lifequant.qat.scales import Scales, param_groups
 from lifequant.runtime import distributed
 from lifequant.runtime.log import Log
 from lifequant.training.ema import WeightAverage
+from lifequant.training.history import new_history
 from lifequant.training.nonfinite import Watch
 from lifequant.training.timer import Clock
 
@@ -38,13 +39,13 @@ class Run:
         self, config: Config, log: Log, device: torch.device, dataset: DataSet, began: float | None = None
     ) -> None:
         self.config, self.log, self.device, self.data = config, log, device, dataset
-        self.model = distributed.synchronised(checkpoint.build(config, dataset.num_classes).to(device), device)
+        self.model = distributed.synchronized(build(config, dataset.num_classes).to(device), device)
         self.method: LifelongMethod = registry.method(config.method)(config)
         self.guard = PENALTIES[config.penalty](config) if config.penalty != "none" else self.method
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
-        self.place = self.step = 0  # task, and steps done in it
-        self.hooks = [self.method] if self.guard is self.method else [self.method, self.guard]
-        self.steps = StepSizes(self.model)
+        self.task_index = self.step = 0  # task, and steps done in it
+        self.callbacks = [self.method] if self.guard is self.method else [self.method, self.guard]
+        self.scales = Scales(self.model)
         self.watch = Watch(config, self.model, device)
         self.teacher: nn.Module | None = None  # the former task's model, where something distils from it
         self.teach: Callable[[Tensor], Tensor] | None = None  # its forward, compiled where the step is
@@ -57,12 +58,12 @@ class Run:
         track = config.track_oscillations or config.freeze_oscillating is not None
         self.oscillations = Oscillations(config.freeze_oscillating) if track else None
         self.optimizer = self.make_optimizer()
-        self.data_key = results.data_key(dataset)
+        self.data_key = data_key(dataset)
         self.sums = torch.zeros(5, device=device)  # results.step_sums since the last reading
         self.epoch_sums = torch.zeros(5, device=device)  # since the epoch's begin
         self.best: dict[str, Any] = {}  # of the task, with --val_fraction
-        self.history = results.new_history()
-        self.clock = Clock(self.history, began)
+        self.history = new_history()
+        self.timer = Clock(self.history, began)
         self.writer = Writer()
         self.compiled = False  # as decided at the run's begin
         self.losses = self.compute_losses
@@ -90,28 +91,28 @@ class Run:
         """With ``--amp bf16`` convolutions and the head compute in bfloat16, in training; quantizers stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.amp == "bf16" else nullcontext()
 
-    def begin_parts(self, task: Task) -> None:
+    def load_teacher(self, task: Task) -> None:
         """What belongs to no method, at a task's first step and after a resumption: teacher and known classes."""
-        self.known.copy_(task.known)
-        seen = torch.bincount(task.labels[task.pool], minlength=len(task.known)) > 0
-        self.known_share.copy_(task.known.sum() / (task.known | seen).sum())
-        if self.teacher is not None and task.id > 0:
+        self.known.copy_(task.old_classes)
+        seen = torch.bincount(task.labels[task.pool], minlength=len(task.old_classes)) > 0
+        self.known_share.copy_(task.old_classes.sum() / (task.old_classes | seen).sum())
+        if self.teacher is not None and task.task_index > 0:
             self.writer.wait()
-            former = checkpoint.read(run_folder.task_file(self.config.job_dir, task.id - 1), "run", self.device)
+            former = checkpoint.read(run_folder.task_file(self.config.job_dir, task.task_index - 1), "run", self.device)
             self.teacher.load_state_dict(former["model"])
 
     def with_teacher(self, batch: Batch) -> Batch:
         """The batch with the former model's logits, zeros in task 0; as it is where nothing asks for them."""
         if self.teach is None:
             return batch
-        if self.place == 0:
+        if self.task_index == 0:
             return batch._replace(teacher=batch.x.new_zeros(len(batch.y), len(self.known)))
         with torch.no_grad(), self.autocast():
             return batch._replace(teacher=self.teach(batch.x).float())
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint is to hold; the time until now is counted."""
-        self.clock.stop()
+        self.timer.stop()
         if former := self.watch.state(self):
             return former
         return self.content()
@@ -122,14 +123,14 @@ class Run:
             "kind": "run",
             "config": self.config.asdict(),
             "data_key": self.data_key,
-            "place": self.place,
+            "task_index": self.task_index,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
             "penalty": None if self.guard is self.method else self.guard.state_dict(),
             "average": self.average and self.average.state_dict(),
-            "bounded": self.steps.bounded_updates,
+            "bounded": self.scales.limited_updates,
             "oscillations": self.oscillations and self.oscillations.state_dict(),
             "sums": self.sums,
             "epoch_sums": self.epoch_sums,
@@ -149,9 +150,9 @@ class Run:
             )
         checked_run.fits(state, self, path)
         checkpoint.load_strictly(path, self.model, state["model"])
-        self.place, self.step, self.best = state["place"], state["step"], state["best"]
+        self.task_index, self.step, self.best = state["task_index"], state["step"], state["best"]
         self.history, self.log.warnings = state["history"], list(state["warnings"])
-        self.clock = Clock(self.history, self.clock.since)
+        self.timer = Clock(self.history, self.timer.since)
         self.sums.copy_(state["sums"])
         self.epoch_sums.copy_(state["epoch_sums"])
         with checked.loading(path, "optimizer's, method's or penalty's state"):
@@ -159,10 +160,10 @@ class Run:
             self.method.load_state_dict(state["method"])
             if self.guard is not self.method:
                 self.guard.load_state_dict(state["penalty"])
-            self.steps.bounded_updates.copy_(state["bounded"])
+            self.scales.limited_updates.copy_(state["bounded"])
             for name in ("average", "oscillations"):
                 if state[name] is not None and getattr(self, name) is not None:
                     getattr(self, name).load_state_dict(state[name])
             with torch.no_grad():
-                if self.place or self.step:
+                if self.task_index or self.step:
                     self.guard.penalty(self.model)  # what doesn't fit fails here, not in the midst of training

@@ -23,7 +23,7 @@ class Clock:
     end of a task: importances), ``data`` (order of an epoch, batches, augmentation), ``logging`` (curves, progress bar, log,
     results), ``checkpoint`` and ``other``.
 
-    All is the host's time, without a device synchronisation of the clock's own. A GPU works behind the host, so there a kind
+    All is the host's time, without a device synchronization of the clock's own. A GPU works behind the host, so there a kind
     has the time in which the host queued its kernels, and whoever reads a value waits for all that was queued before; the
     loop therefore reads the sums of its steps as ``step``.
 

@@ -12,7 +12,7 @@ from lifequant import calibrate, options, quantize_model, registry
 from lifequant.data.replay import epoch_order
 from lifequant.data.task import Batch, user_task
 from lifequant.penalties.base import PENALTIES
-from lifequant.qat.scales import StepSizes, param_groups
+from lifequant.qat.scales import Scales, param_groups
 
 warnings.simplefilter("ignore")
 SIZE, EPOCHS, LR = 32, 6, 0.02
@@ -43,33 +43,33 @@ def learn(config):
     calibrate(q, training[0][0].split(64))
     method = registry.method(config.method)(config)
     guard = PENALTIES[config.penalty](config) if config.penalty != "none" else method
-    hooks = [method] if guard is method else [method, guard]
+    callbacks = [method] if guard is method else [method, guard]
     replay_x, replay_y, past_y = None, None, None
     for t, (x, y) in enumerate(training):
         task = user_task(t, x, y, replay_x, replay_y, past_y, num_classes=8, batch_size=SIZE)
         optimizer = torch.optim.SGD(param_groups(q, LR), momentum=0.9)
-        steps = StepSizes(q)
-        for hook in hooks:
-            hook.begin_task(q, task)
+        steps = Scales(q)
+        for callback in callbacks:
+            callback.begin_task(q, task)
         q.train()
         for _ in range(EPOCHS):
             order = epoch_order(task.labels[task.pool], task.counts, config.sampler, drawn)
             for places in order.split(SIZE):
                 rows = task.pool[places]
-                batch = Batch(*task.batch(rows), is_replay=places >= len(task.new), rows=rows)
+                batch = Batch(*task.batch(rows), is_replay=places >= len(task.new_rows), rows=rows)
                 logits = q(batch.x)
                 penalty = guard.penalty(q) + guard.output_penalty(logits, batch)
                 loss = method.task_loss(logits, batch) + config.ll_lambda * penalty
                 optimizer.zero_grad()
                 loss.backward()
-                for hook in hooks:
-                    hook.after_backward(q)
-                with steps.bounded():
+                for callback in callbacks:
+                    callback.after_backward(q)
+                with steps.limit_scale_updates():
                     optimizer.step()
-                for hook in hooks:
-                    hook.after_step(q, 1.0)
-        for hook in hooks:
-            hook.end_task(q, task)
+                for callback in callbacks:
+                    callback.after_step(q, 1.0)
+        for callback in callbacks:
+            callback.end_task(q, task)
         if config.replay_rate != 0:  # the method replays: a fifth of the images is stored
             replay_x, replay_y, past_y = x[::5], y[::5], y
     return q

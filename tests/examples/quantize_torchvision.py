@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchvision.models import get_model
 
 from lifequant import calibrate, quantize_model
-from lifequant.qat.scales import StepSizes, param_groups
+from lifequant.qat.scales import Scales, param_groups
 
 MODELS = ["resnet18", "mobilenet_v2", "vgg11_bn", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0"]
 
@@ -21,13 +21,13 @@ for name in sys.argv[1:] or MODELS:
     q = quantize_model(model, quantizer="proxq", weight_bits=4, act_bits=4, keep_first_last=8)
     calibrate(q, [(images, labels)])  # a DataLoader: the first batches are read
     optimizer = torch.optim.SGD(param_groups(q, lr=0.01, weight_decay=1e-4), momentum=0.9)
-    steps = StepSizes(q)
+    steps = Scales(q)
     losses = []
     for _ in range(3):
         loss = F.cross_entropy(q(images), labels)
         optimizer.zero_grad()
         loss.backward()
-        with steps.bounded():
+        with steps.limit_scale_updates():
             optimizer.step()
         losses.append(loss.item())
     print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}", q.quantization, sep="\n")

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from lifequant.common.arguments import Parser, whole
+from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
 from lifequant.data.task_csv import choose_prefix, choose_tasks, csv_name, read_rows
@@ -20,7 +20,7 @@ def main_counts(argv: Sequence[str]) -> int:
     parser = Parser(prog="count_classes.py", description="Count each task's classes and write their weights.")
     parser.add_argument("--data_dir", default=".", help="folder that has the task CSVs")
     parser.add_argument("--data_csv", "--output_csv", metavar="NAME.csv", help="the data set, where there are several")
-    parser.add_argument("--num_tasks", type=whole(1), help="tasks to count (default: all)")
+    parser.add_argument("--num_tasks", type=int_at_least(1), help="tasks to count (default: all)")
     args = parser.parse_args(argv)
 
     folder = find_folder(args.data_dir, "--data_dir", "give the folder that lifeLongDataGeneator.py wrote")

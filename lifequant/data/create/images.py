@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lifequant.common.arguments import Parser, whole
+from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.errors import UserError, one_line
 from lifequant.common.files import checked_name, write_all
 from lifequant.common.safe_files import read_text
@@ -52,7 +52,7 @@ def main_prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="what to write")
     parser.add_argument("--out", required=True, help="folder for train/ and test/")
     parser.add_argument("--source", help="CIFAR without a network: cifar-10-python.tar.gz, or a folder that has it")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the digits' choice of test images")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the digits' choice of test images")
     args = parser.parse_args(argv)
     if args.dataset == "digits" and args.source is not None:
         raise UserError("--source: digits come with scikit-learn; leave --source out")
@@ -143,13 +143,13 @@ def is_whole_png(path: Path) -> bool:
 
 
 def _write(out: Path, found: ImageSet, todo: list[tuple[str, int, int]], total: int) -> None:
-    places = {
+    indices = {
         split: [np.flatnonzero(found.labels[split] == label) for label in range(len(found.names))] for split in SPLITS
     }
     with tqdm(total=total, initial=total - len(todo), unit=" images", desc="writing") as bar:
         for split, label, number in todo:
             png = io.BytesIO()
-            Image.fromarray(found.images[split][places[split][label][number - 1]]).save(png, "PNG")
+            Image.fromarray(found.images[split][indices[split][label][number - 1]]).save(png, "PNG")
             write_all({out / split / found.names[label] / f"{number:04d}.png": png.getvalue()})
             bar.update()
 
@@ -189,7 +189,7 @@ def digits(seed: int) -> ImageSet:
         ]
     )
     labels = data.target.astype(np.int64)
-    names = [f"{place:04d}" for place in range(len(labels))]
+    names = [f"{index:04d}" for index in range(len(labels))]
     keep = share_of_each(dict(enumerate(np.bincount(labels).tolist())), 0.2)
     test = np.zeros(len(labels), dtype=bool)
     test[lowest(names, labels.tolist(), keep, seed, "digits_test")] = True

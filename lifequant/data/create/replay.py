@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from lifequant.common.arguments import Parser, share, whole
+from lifequant.common.arguments import Parser, int_at_least, share
 from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
 from lifequant.data import dataset_json
@@ -22,9 +22,9 @@ def main_replay(argv: Sequence[str]) -> int:
     parser = Parser(prog="replayDataGenerator.py", description="Sample the replay images of each task.")
     parser.add_argument("--data_dir", default=".", help="folder that has the task CSVs")
     parser.add_argument("--data_csv", "--output_csv", metavar="NAME.csv", help="the data set, where there are several")
-    parser.add_argument("--num_tasks", type=whole(1), help="tasks to sample (default: all)")
+    parser.add_argument("--num_tasks", type=int_at_least(1), help="tasks to sample (default: all)")
     parser.add_argument("--replay_rate", type=share, default=0.2, help="share of the images kept: 20 or 0.2")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the choice among images")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the choice among images")
     args = parser.parse_args(argv)
 
     folder = find_folder(args.data_dir, "--data_dir", "give the folder that lifeLongDataGeneator.py wrote")
@@ -54,4 +54,4 @@ def replay_rows(rows: Rows, rate: float, seed: int) -> Rows:
     """The share ``rate`` of each class's images, in the order of ``rows``."""
     paths, labels = [image for image, _ in rows], [label for _, label in rows]
     keep = share_of_each(Counter(labels), rate)
-    return [rows[place] for place in lowest(paths, labels, keep, seed, "replay")]
+    return [rows[index] for index in lowest(paths, labels, keep, seed, "replay")]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from lifequant.common.arguments import Parser, real, share, whole
+from lifequant.common.arguments import Parser, int_at_least, real, share
 from lifequant.common.errors import UserError, closest, one_line
 from lifequant.common.files import checked_name, find_folder, prepare_command, write_all
 from lifequant.data import dataset_json
@@ -73,11 +73,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--output_csv", required=True, metavar="NAME.csv", help="the data set's name, first in all files"
     )
     parser.add_argument("--source", required=True, choices=("train", "test"), help="which of the two folders")
-    parser.add_argument("--num_tasks", type=whole(1), help="number of tasks (with --domains: the number of domains)")
+    parser.add_argument(
+        "--num_tasks", type=int_at_least(1), help="number of tasks (with --domains: the number of domains)"
+    )
     parser.add_argument("--diminish_rate", type=share, help="share of classes replaced between tasks: 25 or 0.25")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the class order and all choices among images")
+    parser.add_argument(
+        "--seed", type=int_at_least(0), default=0, help="of the class order and all choices among images"
+    )
     parser.add_argument("--output_dir", help="folder for the CSVs (default: NAME_025 for a quarter, where you are)")
-    parser.add_argument("--images_per_class", type=whole(1), help="keep this many images of each class")
+    parser.add_argument("--images_per_class", type=int_at_least(1), help="keep this many images of each class")
     parser.add_argument("--lt_gamma", type=real(least=1), default=1.0, help="long tail: largest over smallest class")
     parser.add_argument("--domains", help="domain tasks: folders of --data_dir, as webcam,dslr,amazon")
     args = parser.parse_args(argv)
@@ -169,7 +173,7 @@ def _own_split(rows: Rows, names: list[str], source: str, seed: int, folder: Pat
         if n < 2:
             raise UserError(f"{folder / names[label]}: one image; a class needs two, for training and for testing")
     test = set(lowest(paths, labels, share_of_each(counts, TEST_SHARE), seed, "domain_test"))
-    return [row for place, row in enumerate(rows) if (place in test) == (source == "test")]
+    return [row for index, row in enumerate(rows) if (index in test) == (source == "test")]
 
 
 def _folders(folder: Path) -> list[str]:
@@ -217,8 +221,8 @@ def _thinned(pools: list[Rows], args: argparse.Namespace) -> list[Rows]:
 
 
 def _kept(rows: Rows, keep: dict[int, int], seed: int, purpose: str) -> Rows:
-    places = lowest([image for image, _ in rows], [label for _, label in rows], keep, seed, purpose)
-    return [rows[place] for place in places]
+    indices = lowest([image for image, _ in rows], [label for _, label in rows], keep, seed, purpose)
+    return [rows[index] for index in indices]
 
 
 def rows_of_tasks(rows: Rows, tasks: list[list[int]]) -> list[Rows]:
