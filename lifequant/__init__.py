@@ -2,24 +2,24 @@
 
 ``lifequant.load(job_dir)`` gives a trained model; ``lifequant.options.make(...)`` and ``lifequant.train.run(config)``
 train one from Python; ``lifequant.quantize_model(model)`` and ``lifequant.calibrate(q, batches)`` quantize any torch
-model for a loop of your own; ``lifequant.registry`` has methods, quantizers and models by name.
+model for a loop of your own; ``lifequant.registry`` has methods, penalties, quantizers and models by name.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lifequant.predict import load
-    from lifequant.qat.convert import calibrate, quantize_model
-
+_MODULE_OF = {
+    "calibrate": "lifequant.qat.convert",
+    "load": "lifequant.predict",
+    "quantize_model": "lifequant.qat.convert",
+}
 __all__ = ["calibrate", "load", "quantize_model"]
-_WHERE = {"calibrate": "convert", "load": "predict", "quantize_model": "convert"}
 
 
 def __getattr__(name: str) -> Any:
-    """On its first use: importing the package does not import torch, so that --help is quick."""
-    if name in _WHERE:
-        return getattr(import_module(f"lifequant.{_WHERE[name]}"), name)
+    """Imports what is asked for at its first use, so that ``lifequant --help`` need not wait for torch."""
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

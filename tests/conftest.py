@@ -5,7 +5,7 @@ import shutil
 import tempfile
 
 import pytest
-from tiny import Tiny, write_csvs, write_images
+from support.tiny import Tiny, write_csvs, write_images
 
 # Before torch is imported: on tiny tensors threads only wait for each other, for minutes where others use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny, arguments, settings, train, write_csvs
+from support.tiny import Tiny, arguments, settings, train, write_csvs
 
 from lifequant import options
 from lifequant.__main__ import train as command

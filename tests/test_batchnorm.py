@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_net import small_net
+from support.small_net import small_net
 from torch import Tensor, nn
 
 from lifequant import options

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from equal import read, same
-from tiny import SIDE, Tiny, arguments, settings, train, write_csvs
+from support.equal import read, same
+from support.tiny import SIDE, Tiny, arguments, settings, train, write_csvs
 
 import lifequant
 from lifequant import options

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from equal import Killed, kill_at, read, same
-from tiny import TRAIN, Tiny, arguments, settings, train
+from support.equal import Killed, kill_at, read, same
+from support.tiny import TRAIN, Tiny, arguments, settings, train
 
 import lifequant
 from lifequant import registry

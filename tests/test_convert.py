@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from small_net import SmallNet
+from support.small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import calibrate, quantize_model, registry

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tiny import SIDE, TEST, TRAIN, Tiny, arguments, settings
+from support.tiny import SIDE, TEST, TRAIN, Tiny, arguments, settings
 
 from lifequant import options, registry
 from lifequant.data import dataset, image_cache

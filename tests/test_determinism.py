@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from equal import read, same
-from tiny import arguments, settings, train
+from support.equal import read, same
+from support.tiny import arguments, settings, train
 
 from lifequant.checkpointing import checkpoint
 from lifequant.runtime import log

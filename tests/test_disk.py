@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from equal import read, same
-from tiny import arguments, settings, train
+from support.equal import read, same
+from support.tiny import arguments, settings, train
 
 from lifequant.checkpointing import checkpoint
 from lifequant.common.files import write_all

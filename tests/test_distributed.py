@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from equal import read
-from tiny import Tiny, arguments, settings, train
+from support.equal import read
+from support.tiny import Tiny, arguments, settings, train
 
 from lifequant import options
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.runtime import distributed
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).parent / "support" / "worker.py"
 
 
 def start(processes: int, tiny: Tiny, job: Path, *first: str, **flags: Any) -> subprocess.CompletedProcess:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from placeholders import fill, generate, rows
+from support.placeholders import fill, generate, rows
 
 from lifequant.common import files
 from lifequant.common.arguments import run_main

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from placeholders import fill, generate
+from support.placeholders import fill, generate
 
 TOP = Path(__file__).resolve().parents[1]
 SCRIPTS = TOP / "lifelong_data_generation"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import arguments, train, write_csvs, write_images
+from support.tiny import arguments, train, write_csvs, write_images
 
 import lifequant
 from lifequant.common import files
@@ -95,7 +95,7 @@ def test_results_name_no_machine(tmp_path, monkeypatch):
         monkeypatch.setenv(name, f"marker_{name.lower()}")
     top = tmp_path / "marker_folder"
     images = write_images(top / "marker_images")
-    from tiny import Tiny
+    from support.tiny import Tiny
 
     csvs = write_csvs(images, top / "marker_csvs")
     job = top / "marker_job"

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import refused
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny import SIDE, arguments, settings, write_csvs, write_images
+from support.hostile import refused
+from support.tiny import SIDE, arguments, settings, write_csvs, write_images
 
 from lifequant import options
 from lifequant.__main__ import train as command

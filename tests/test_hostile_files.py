@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import arguments, settings, train
+from support.tiny import arguments, settings, train
 
 import lifequant
 from lifequant.__main__ import train as command

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import refused
 from PIL import Image, ImageOps
-from tiny import SIDE
+from support.hostile import refused
+from support.tiny import SIDE
 
 from lifequant.data.decode import MOST_PIXELS, decode, quiet
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_tasks import CLASSES, gradient, make, make_task, move, network, play, steps, weights_of
+from support.small_tasks import CLASSES, gradient, make, make_task, move, network, play, steps, weights_of
 from torch import Tensor, nn
 
 from lifequant.data.task import Batch, Task, user_task

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from equal import Killed, kill_at, read, same
-from tiny import Tiny, arguments, settings, train
+from support.equal import Killed, kill_at, read, same
+from support.tiny import Tiny, arguments, settings, train
 
 from lifequant import registry
 from lifequant.__main__ import train as command

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from equal import read, same
-from tiny import arguments, settings, train
+from support.equal import read, same
+from support.tiny import arguments, settings, train
 
 from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint, run_folder

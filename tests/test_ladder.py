@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from equal import Killed, kill_at, read, same
-from tiny import arguments, settings
+from support.equal import Killed, kill_at, read, same
+from support.tiny import arguments, settings
 
 from lifequant import options
 from lifequant.__main__ import train as command

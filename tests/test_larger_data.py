@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from equal import TIMES
 from PIL import Image
-from tiny import SIDE, Tiny, arguments, settings, train
+from support.equal import TIMES
+from support.tiny import SIDE, Tiny, arguments, settings, train
 from torchvision.transforms import functional as reference
 
 from lifequant import options, registry

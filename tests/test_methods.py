@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_tasks import (
+from support.small_tasks import (
     CLASSES,
     SIZE,
     batch_of,

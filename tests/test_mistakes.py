@@ -1,4 +1,4 @@
-"""Every session of docs/mistakes.md answers what stands there, in one line, with exit code 2; and faults of our own."""
+"""Every session of tests/support/mistakes.md answers what stands there, in one line, with exit code 2; and faults of our own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mistakes
 import pytest
 import torch
-from tiny import arguments, settings, train
+from support import mistakes
+from support.tiny import arguments, settings, train
 
 BLOCKS = mistakes.blocks()
 

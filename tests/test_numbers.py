@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from equal import Killed, read, same
-from tiny import arguments, settings, train
+from support.equal import Killed, read, same
+from support.tiny import arguments, settings, train
 
 from lifequant import train as training
 from lifequant.__main__ import train as command

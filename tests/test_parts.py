@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from small_net import SmallNet, small_net
+from support.small_net import SmallNet, small_net
 from torch import Tensor, nn
 
 from lifequant import registry

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_tasks import CLASSES, make
+from support.small_tasks import CLASSES, make
 from torch import Tensor, nn
 
 pytest.importorskip("avalanche", reason="avalanche-lib is not installed: pip install -e .[peers]")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_net import SmallNet
+from support.small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import registry

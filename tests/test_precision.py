@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from equal import Killed, kill_at, read, same
-from tiny import Tiny, train
+from support.equal import Killed, kill_at, read, same
+from support.tiny import Tiny, train
 
 from lifequant import registry
 from lifequant import train as training

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_net import SmallNet
+from support.small_net import SmallNet
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 

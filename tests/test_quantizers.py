@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
-from small_net import SmallNet
+from support.small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import registry

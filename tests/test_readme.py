@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import train
+from support.tiny import train
 
 from lifequant import registry
 from lifequant.config import Config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import Tiny, train, write_csvs
+from support.tiny import Tiny, train, write_csvs
 
 DATA = Path(os.environ.get("LIFEQUANT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 CLASSES = ("airplane", "automobile", "frog", "horse")

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from placeholders import rows
+from support.placeholders import rows
 
 from lifequant.common.arguments import run_main
 from lifequant.data import dataset_json

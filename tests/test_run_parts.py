@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equal import read
-from tiny import train
+from support.equal import read
+from support.tiny import train
 
 from lifequant import train as training
 from lifequant.checkpointing import checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import train
+from support.tiny import train
 
 from lifequant import options
 from lifequant import train as training

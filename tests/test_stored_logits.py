@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_tasks import CLASSES, SIZE, batch_of, make, make_task, move, network
+from support.small_tasks import CLASSES, SIZE, batch_of, make, make_task, move, network
 
 from lifequant.data.task import Batch, Task, user_task
 from lifequant.penalties.base import PENALTIES

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import arguments, settings, train
+from support.tiny import arguments, settings, train
 
 from lifequant.__main__ import train as command
 from lifequant.results import results

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from equal import Killed, kill_at, read, same
-from tiny import arguments, settings, train
+from support.equal import Killed, kill_at, read, same
+from support.tiny import arguments, settings, train
 
 from lifequant import options
 from lifequant import train as loop

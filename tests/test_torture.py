@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import train
 from tensorboardX import SummaryWriter
-from tiny import train
 
 pytest.importorskip("tensorboard")
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

@@ -1,4 +1,4 @@
-"""docs/mistakes.md: sessions of a terminal, run as they stand there. ``python tests/mistakes.py`` writes the answers anew.
+"""tests/support/mistakes.md: sessions of a terminal, run as they stand there. ``python tests/support/mistakes.py`` writes the answers anew.
 
 A block is a new folder with images/ and the task CSVs csvs/ of two tasks. A line ``$ python <program> ...`` is run through that
 program's own main, any other ``$`` line by a shell; below a program's line stands what it says on stderr, with <here> for
@@ -17,16 +17,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tiny import Tiny, write_csvs, write_images
-
 from lifequant.__main__ import train
 from lifequant.common.arguments import run_main
 from lifequant.common.files import TOP
 from lifequant.data.create.images import main_prepare
 from lifequant.data.create.replay import main_replay
 from lifequant.data.create.tasks import main_tasks
+from support.tiny import Tiny, write_csvs, write_images
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "mistakes.md"
+PAGE = Path(__file__).with_name("mistakes.md")
 PROGRAMS = {
     "main.py": train,
     "lifeLongDataGeneator.py": main_tasks,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from small_net import SmallNet
 from torch import Tensor, nn
 
 from lifequant import options, registry
@@ -15,6 +14,7 @@ from lifequant.data.task import Batch, Task
 from lifequant.methods.base import LifelongMethod
 from lifequant.qat.calibration import calibrate
 from lifequant.qat.layers import Scheme
+from support.small_net import SmallNet
 
 CLASSES, SIZE = 5, 8
 
