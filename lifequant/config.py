@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lifequant import presets
+from lifequant import presets, registry
 from lifequant.common.arguments import boolean, int_at_least, real, share
 from lifequant.losses import LOSSES
-from lifequant.penalties.base import PENALTIES
 from lifequant.quantizers.base import BIT_WIDTHS
 
 REPLAY_RATE = 0.2  # the best of 10, 20 and 35 % in the paper
@@ -114,7 +113,7 @@ class Config:
     sampler: str = flag(
         "", METHOD, "how training images are drawn (default: the method's)", choices=["uniform", "ball"]
     )
-    penalty: str = flag("", METHOD, "penalty (default: the method's)", choices=["none", *PENALTIES])
+    penalty: str = flag("", METHOD, "penalty, or none (default: the method's)")
     ll_lambda: float | None = flag(None, METHOD, "strength of the penalty (default: its own)", "--lambda", type=real(0))
     distill: float = flag(0.0, METHOD, "distillation from the former task's quantized model: its weight", type=real(0))
     distill_temperature: float = flag(2.0, METHOD, "distillation's temperature", type=real(above=0))
@@ -161,7 +160,8 @@ class Config:
     lr_decay_step: int | None = flag(None, TRAIN, "multistep: decay every so many epochs", type=int_at_least(1))
     lr_decay_steps: tuple[int, ...] | None = flag(None, TRAIN, "multistep: decay after these epochs, 10,20 or 10 20",
                                                   nargs="+", type=epochs_list, metavar="EPOCH")  # fmt: skip
-    momentum: float = flag(0.9, TRAIN, "SGD's momentum", type=real(0))
+    optimizer: str = flag("sgd", TRAIN, "sgd, adam or adamw", choices=["sgd", "adam", "adamw"])
+    momentum: float = flag(0.9, TRAIN, "momentum of sgd; adam and adamw have none", type=real(0))
     weight_decay: float = flag(1e-4, TRAIN, "weight decay (none on step sizes)", type=real(0))
     seed: int = flag(0, TRAIN, "rules everything random", type=int_at_least(0))
 
@@ -197,9 +197,14 @@ class Config:
         widths = {pattern: [int(bits) for bits in value.split("/")] for pattern, value in pairs}
         return {pattern: (bits[0], bits[-1]) for pattern, bits in widths.items()}
 
-    def option(self, owner: str) -> dict[str, Any]:
-        """The own flags of a method or quantizer, without its name before them."""
-        return {k.removeprefix(owner + "_"): v for k, v in self.options.items() if k.startswith(owner + "_")}
+    def option(self, owner: str, kind: str | None = None) -> dict[str, Any]:
+        """The own flags of a method, penalty or quantizer, without its name before them.
+
+        ``kind``: "method", "penalty" or "quantizer", for a name that is registered as more than one of these.
+        """
+        kinds = [kind] if kind else [k for k in ("method", "penalty", "quantizer") if owner in registry.names(k)]
+        own = {name for k in kinds for name in registry.own_flags(k, owner)}
+        return {name.removeprefix(owner + "_"): value for name, value in self.options.items() if name in own}
 
 
 def free_names() -> set[str]:

@@ -16,10 +16,9 @@ from lifequant import presets, registry
 from lifequant.common.arguments import Parser
 from lifequant.common.errors import UserError, closest
 from lifequant.config import DATA, METHOD, QUANT, RUN, TRAIN, Config
-from lifequant.penalties.base import PENALTIES
 
 LIFEQUANT_NAMES = ("life_q", "lifeq")  # the original's two spellings of its quantizer, after --method
-CHOSEN_FIRST = ("method", "quantizer", "act_quantizer")  # before their own flags are known
+CHOSEN_FIRST = ("method", "penalty", "quantizer", "act_quantizer")  # before their own flags are known
 INERT = {  # the original's flags that have lost their meaning, and why
     "stage": "there is one stage",
     "refine": "a run starts from --source_file",
@@ -32,8 +31,8 @@ INERT = {  # the original's flags that have lost their meaning, and why
 }
 
 
-def build_parser(method: str = "ours", *quantizers: str) -> tuple[Parser, list[str]]:
-    """The parser with the flags of that method and those quantizers, and the names of those flags."""
+def build_parser(method: str = "ours", *quantizers: str, penalty: str = "proxq") -> tuple[Parser, list[str]]:
+    """The parser with the flags of that method, that penalty and those quantizers, and the names of those flags."""
     parser = Parser(
         prog="lifequant",
         description="Train a quantized network on one task after another.",
@@ -55,6 +54,7 @@ def build_parser(method: str = "ours", *quantizers: str) -> tuple[Parser, list[s
         inert.add_argument("--" + name, nargs="*", help=reason)
     own: list[str] = []
     things = [("method", method, registry.method(method))]
+    things += [("penalty", penalty, registry.penalty(penalty))] if penalty != "none" else []
     things += [("quantizer", name, registry.quantizer_class(name)) for name in dict.fromkeys(quantizers or ["proxq"])]
     for kind, name, thing in things:
         group = parser.add_argument_group(f"{kind} {name}")
@@ -96,9 +96,7 @@ def _refuse_anothers(argv: Sequence[str], parser: Parser, chosen: dict[str, str]
     for flag in (word.split("=", 1)[0] for word in argv if word.startswith("--")):
         for kind in chosen if flag not in parser._option_string_actions else ():
             for name in (name for name in registry.names(kind) if flag.startswith(f"--{name}_")):
-                theirs = argparse.ArgumentParser()
-                (registry.method if kind == "method" else registry.quantizer_class)(name).add_args(theirs)
-                if flag in theirs._option_string_actions:
+                if flag.removeprefix("--") in registry.own_flags(kind, name):
                     raise UserError(
                         f"{flag} is a flag of the {kind} {name}, this run's is {chosen[kind]}: leave it out"
                     )
@@ -117,8 +115,9 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         typed = {name: of_preset[name] for name in CHOSEN_FIRST if name in of_preset} | typed
     method, quantizer = _method_and_quantizer(typed)
     act_quantizer = typed.get("act_quantizer") or quantizer
-    parser, own = build_parser(method, quantizer, act_quantizer)
-    _refuse_anothers(argv, parser, {"method": method, "quantizer": quantizer})
+    penalty = typed.get("penalty") or registry.method(method).defaults["penalty"]
+    parser, own = build_parser(method, quantizer, act_quantizer, penalty=penalty)
+    _refuse_anothers(argv, parser, {"method": method, "penalty": penalty, "quantizer": quantizer})
     given = vars(parser.parse_args(list(argv)))
     notes = [f"--{name} has no effect: {reason}" for name, reason in INERT.items() if given.pop(name, None) is not None]
     options = {name: given.pop(name) for name in own}
@@ -165,7 +164,7 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
     for name in ("loss", "sampler", "penalty"):
         given.setdefault(name, defaults[name])
     if given["penalty"] != "none":
-        given.setdefault("ll_lambda", PENALTIES[given["penalty"]].default_lambda)
+        given.setdefault("ll_lambda", registry.penalty(given["penalty"]).default_lambda)
     given.setdefault("ll_lambda", defaults.get("ll_lambda", 0.0))
     if not defaults["replay"] and given.get("buffer_size") is None:
         given.setdefault("replay_rate", 0.0)

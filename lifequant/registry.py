@@ -1,6 +1,8 @@
-"""Names to classes. A file in methods/, quantizers/ or models/ registers what it holds; nothing else needs to know it.
+"""Names to classes. A file in methods/, penalties/, quantizers/ or models/ registers what it holds; nothing else needs to
+know it.
 
-Other packages add theirs by entry points in the groups lifequant.methods, lifequant.quantizers and lifequant.models.
+Other packages add theirs by entry points in the groups lifequant.methods, lifequant.penalties, lifequant.quantizers and
+lifequant.models.
 
 >>> from lifequant import registry
 >>> registry.quantizer("proxq").weight(4)  # doctest: +ELLIPSIS
@@ -9,6 +11,7 @@ ProxQWeight(...)
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -17,7 +20,12 @@ from typing import Any
 
 from lifequant.common.errors import UserError, closest
 
-_PACKAGES = {"method": "lifequant.methods", "quantizer": "lifequant.quantizers", "model": "lifequant.models"}
+_PACKAGES = {
+    "method": "lifequant.methods",
+    "penalty": "lifequant.penalties",
+    "quantizer": "lifequant.quantizers",
+    "model": "lifequant.models",
+}
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _PACKAGES}
 _loaded: set[str] = set()
 
@@ -34,7 +42,7 @@ def register(kind: str, name: str) -> Callable[[Any], Any]:
 
 
 def names(kind: str) -> list[str]:
-    """All registered names of a kind ("quantizer", "method" or "model"), sorted."""
+    """All registered names of a kind ("method", "penalty", "quantizer" or "model"), sorted."""
     if kind not in _loaded:
         package = importlib.import_module(_PACKAGES[kind])
         for module in pkgutil.iter_modules(package.__path__):
@@ -80,6 +88,18 @@ def method(name: str) -> Any:
     return _find("method", name)
 
 
+def penalty(name: str) -> Any:
+    """The Penalty's class."""
+    return _find("penalty", name)
+
+
+def own_flags(kind: str, name: str) -> dict[str, argparse.Action]:
+    """{destination: its argparse action} of the flags that a method, penalty or quantizer adds."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _find(kind, name).add_args(parser)
+    return {action.dest: action for action in parser._actions}
+
+
 def describe() -> str:
     """Methods, quantizers, models and presets, one a line: the name, what it is, its source."""
     from lifequant import presets
@@ -87,7 +107,12 @@ def describe() -> str:
     parts = []
     for kind in _PACKAGES:
         found = {name: _find(kind, name) for name in names(kind)}
-        parts.append((f"{kind}s", {n: getattr(x, "help", None) or _first_line(x) for n, x in found.items()}))
+        parts.append(
+            (
+                _PACKAGES[kind].removeprefix("lifequant."),
+                {n: getattr(x, "help", None) or _first_line(x) for n, x in found.items()},
+            )
+        )
     parts.append(("presets", {name: presets.load(name)["help"] for name in presets.names()}))
     return "\n\n".join(
         f"{title}:\n" + "\n".join(f"{name:<18} {line}" for name, line in sorted(lines.items()))

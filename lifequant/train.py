@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,21 @@ from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
 from lifequant.common.seeding import generator
 from lifequant.config import Config
-from lifequant.data.augment import normalize
 from lifequant.data.dataset import load_dataset
-from lifequant.data.image_storage import send
 from lifequant.data.replay import epoch_order
 from lifequant.data.task import Batch, Task
-from lifequant.evaluation.evaluate import validation_top1
-from lifequant.qat.batchnorm import reestimate_bn
+from lifequant.losses import distillation
 from lifequant.results import results
 from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
 from lifequant.runtime.device import deterministic, pick_device, wants_compile
 from lifequant.runtime.log import Log
 from lifequant.training import history, initialize
-from lifequant.training.ema import WeightAverage
-from lifequant.training.head import train_head
-from lifequant.training.nonfinite import skip_step
+from lifequant.training.divergence import skip_step, stop_at_last_checkpoint
+from lifequant.training.ema import make_ema, update_ema
 from lifequant.training.run import Run
 from lifequant.training.schedule import lr_factor
+from lifequant.training.task_end import end_epoch, finish_training
 
 ALONE = (
     "{}: without replay nothing compares old classes with new ones, so a head that all tasks share forgets nearly "
@@ -47,28 +45,36 @@ ALONE = (
 )
 
 
-def make_batch(task: Task, order: Tensor, index: int, size: int, noise: torch.Generator) -> Batch:
-    """Batch ``index`` of an epoch, augmented on the device. The last one is filled up from the epoch's begin."""
-    positions = order[torch.arange(index * size, (index + 1) * size, device=order.device) % len(order)]
-    rows = task.pool_on_image_device[positions]
-    images = task.augment(task.take(rows), noise)
-    positions, rows = send(positions, images.device), send(rows, images.device)
-    return Batch(normalize(images), task.labels[rows], positions >= len(task.new_rows), rows)
+def loss_terms(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """(logits [N, C], the terms of the loss by their names in ``run.term_names``, the penalty before lambda).
+
+    This is the part of the step that torch.compile takes whole.
+    """
+    with run.autocast():
+        logits = run.model(batch.x)
+    logits = logits.float()
+    terms = {"task_loss": run.method.task_loss(logits, batch)}
+    if run.config.distill and batch.teacher is not None:
+        old = distillation(logits, batch.teacher, run.old_classes, run.config.distill_temperature)
+        terms["distillation"] = run.config.distill * run.old_class_share * old
+    terms["penalty"] = run.penalty.penalty(run.model) + run.penalty.output_penalty(logits, batch)
+    return logits, terms
 
 
 def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
-    """THE training step, at ``factor`` times the learning rate; returns history.step_sums. No device synchronization."""
+    """THE training step, at ``factor`` times the learning rate; returns history.step_sums. It does not wait for a GPU."""
     model, optimizer = run.model, run.optimizer
-    optimizer.zero_grad()  # before the forward: a CUDA graph takes back the memory of the former step's gradients
+    optimizer.zero_grad()  # before the forward pass: a CUDA graph takes back the memory of the former step's gradients
     if run.compiled and run.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
-    run.watch.before()
-    logits, task_loss, penalty = run.losses(run.with_teacher(batch))
-    penalty = run.config.ll_lambda * penalty
-    (task_loss + penalty).backward()
+    run.finite_check.before_step()
+    batch = run.with_teacher(batch)
+    logits, terms = run.compiled_loss_terms(batch) if run.compiled_loss_terms else loss_terms(run, batch)
+    terms["penalty"] = run.config.ll_lambda * terms["penalty"]
+    sum(terms.values()).backward()
     distributed.average_gradients(model)
-    if not run.watch.fine([task_loss, penalty], factor * run.config.lr):
-        return skip_step(run, batch, save)
+    if not run.finite_check.is_finite(list(terms.values()), factor * run.config.lr):
+        return skip_step(run, batch, terms, save)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["highest_lr"]
     for callback in run.callbacks:
@@ -80,19 +86,18 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
             callback.after_step(model, factor)
         if run.oscillations:
             run.oscillations.after_step(model)
-        if run.average:
-            run.average.update(model)
-        return distributed.total(history.step_sums(logits, batch.y, task_loss, penalty))
+        if run.ema:
+            update_ema(run.ema, model)
+        return distributed.total(history.step_sums(logits, batch.y, terms))
 
 
 def compile_step(run: Run) -> None:
-    """Forward, losses and penalty as one compiled graph; on a GPU as CUDA graphs, which take a launch each instead of
-    hundreds."""
+    """Compile the forward pass and the loss terms as one graph; on a GPU as CUDA graphs, which need one launch each."""
     torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
     run.compiled = True
-    alone = distributed.world_size() == 1  # SyncBatchNorm's messages are no part of a CUDA graph
+    alone = distributed.world_size() == 1  # SyncBatchNorm's messages can't be part of a CUDA graph
     mode = "reduce-overhead" if run.device.type == "cuda" and alone else None
-    run.losses = torch.compile(run.compute_losses, dynamic=False, mode=mode)
+    run.compiled_loss_terms = torch.compile(partial(loss_terms, run), dynamic=False, mode=mode)
     run.teach = run.teacher and torch.compile(run.teacher, dynamic=False, mode=mode)
 
 
@@ -115,7 +120,6 @@ def train_task(run: Run, task: Task) -> None:
         disable=distributed.rank() > 0 or None,
     )
     run.model.train()
-    run.watch.keep(run)
     while run.step < steps:
         run.timer.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
@@ -126,7 +130,8 @@ def train_task(run: Run, task: Task) -> None:
                 config.sampler,
                 generator(config.seed, "order", task.task_index, epoch),
             ).to(task.pool_on_image_device.device)
-        batch = make_batch(task, order, index, size, generator(config.seed, "augment", task.task_index, run.step))
+        noise = generator(config.seed, "augment", task.task_index, run.step)
+        batch = task.training_batch(order, index, size, noise)
         factor = lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
         sums = training_step(run, distributed.share(batch), factor)
@@ -136,10 +141,8 @@ def train_task(run: Run, task: Task) -> None:
         run.timer.step(size)
         run.timer.switch("logging")
         bar.update()
-        due = run.step % config.print_freq == 0 or run.step == steps
-        if due and not results.read_window(run, curves, bar, config.lr * factor):
-            order = None  # gone back to the last reading
-            continue
+        if run.step % config.print_freq == 0 or run.step == steps:
+            results.read_window(run, curves, bar, config.lr * factor)
         if run.step % steps_per_epoch == 0:
             end_epoch(run, task, epoch, curves)
         due = run.timer.since_checkpoint() > config.checkpoint_seconds and run.step < steps
@@ -151,62 +154,38 @@ def train_task(run: Run, task: Task) -> None:
     bar.close()
 
 
-def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
-    """A line in the log; with held-out training images, the choice of the best epoch."""
-    means = results.means(run.epoch_sums)
-    run.log.note(
-        f"{task.name}, epoch {epoch}: loss {means['loss']:.4f} (penalty {means['penalty']:.4f}), "
-        f"training top-1 {means['top1']:.2f} %"
-    )
-    rows = sorted(set().union(*run.data.held_out)) if run.method.joint else run.data.held_out[task.task_index]
-    if not rows:
-        return
-    now = {name: value.clone() for name, value in run.model.state_dict().items()}
-    if run.average:
-        run.model.load_state_dict(run.average.averaged_state(run.model))
-    with run.timer.within("evaluation"):
-        top1 = validation_top1(run.model, run.data.train, rows, run.config.eval_batch_size)
-    curves.add_scalar("accuracy/validation_top1", top1, run.step)
-    if not run.best or top1 > run.best["top1"]:
-        weights = {name: value.clone() for name, value in run.model.state_dict().items()}
-        run.best = {"top1": top1, "epoch": epoch, "model": weights}
-    run.model.load_state_dict(now)
-
-
-def finish_training(run: Run, task: Task) -> None:
-    """From the last step to the model that is evaluated, and that the next task starts from.
-
-    It is the best epoch's, or the moving average's; BatchNorm's statistics are estimated anew, then the head is trained.
-    """
-    config, model = run.config, run.model
-    if run.best:
-        run.log.say(f"the model of epoch {run.best['epoch']} is kept: {run.best['top1']:.2f} % on held-out images")
-        model.load_state_dict(run.best["model"])
-        run.best = {}
-    elif run.average:
-        model.load_state_dict(run.average.averaged_state(model))
-    if config.bn_reestimate:
-        with run.timer.part("bn_reestimate", "step"):
-            noise, size = generator(config.seed, "bn", task.task_index), config.train_batch_size
-            order = torch.randperm(len(task.pool), generator=noise).to(task.pool_on_image_device.device)
-            batches = min(config.bn_reestimate, -(-len(order) // size))
-            reestimate_bn(model, (make_batch(task, order, index, size, noise).x for index in range(batches)))
-    if config.head_epochs:
-        with run.timer.part("head", "step"):
-            noise = generator(config.seed, "head", task.task_index)
-            train_head(model, task, config.head_epochs, config.train_batch_size, config.lr, noise)
-
-
 def save(run: Run, *first: Path) -> None:
     """Write checkpoint/last.pt, after ``first``, in the background.
 
     TensorBoard's curves are on disk before it, so that none has a gap after a resumption.
     """
     with run.timer.within("step"):
-        run.sums.cpu()  # the copy of the state waits for the steps that a GPU has still to do, which is their time
+        stop_at_last_checkpoint(run)  # waits for the steps that a GPU has still to do, which is their time
     with run.timer.within("checkpoint"):
         run.log.flush()
         run.writer.write(run.state(), *first, Path(run.config.job_dir) / "checkpoint" / checkpoint.LAST)
+
+
+def begin_task(run: Run, task: Task) -> None:
+    """What precedes the first step of a task."""
+    run.optimizer = run.make_optimizer()
+    run.sums.zero_()
+    run.scales.limited_updates.zero_()
+    with run.timer.part("method", "method"):
+        for callback in run.callbacks:
+            callback.begin_task(run.model, task)
+    if run.oscillations:
+        run.oscillations.begin_task(run.model)
+    if run.ema:
+        run.ema = make_ema(run.model, run.config.ema)
+
+
+def end_task(run: Run, task: Task) -> None:
+    """What follows the last step of a task, evaluation apart."""
+    with run.timer.part("method", "method"):
+        for callback in run.callbacks:
+            callback.end_task(run.model, task)
+    distributed.check_agreement(run.model)
 
 
 def train_all(run: Run) -> None:
@@ -217,16 +196,7 @@ def train_all(run: Run) -> None:
             task = run.data.task(run.task_index, run.config, run.method.joint)
         task.warn = run.log.warn
         if run.step == 0:
-            run.optimizer = run.make_optimizer()
-            run.sums.zero_()
-            run.scales.limited_updates.zero_()
-            with run.timer.part("method", "method"):
-                for callback in run.callbacks:
-                    callback.begin_task(run.model, task)
-            if run.oscillations:
-                run.oscillations.begin_task(run.model)
-            if run.average:
-                run.average = WeightAverage(run.config.ema)
+            begin_task(run, task)
         run.load_teacher(task)
         replay = f" and {len(task.replay)} replay images" if len(task.replay) else ""
         run.log.say(f"{task.name}: {len(task.classes)} classes, {len(task.new_rows)} training{replay}")
@@ -235,10 +205,7 @@ def train_all(run: Run) -> None:
             train_task(run, task)
         finish_training(run, task)
         fault_injection.point("importance")
-        with run.timer.part("method", "method"):
-            for callback in run.callbacks:
-                callback.end_task(run.model, task)
-        distributed.check_agreement(run.model)
+        end_task(run, task)
         with run.timer.within("logging"):
             results.end_task(run, task)
         fault_injection.point("change")
@@ -268,7 +235,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         this = Run(config, log, device, dataset, began)
         distributed.check(
             config,
-            this.method.batch_separable and this.guard.batch_separable,
+            this.method.batch_separable and this.penalty.batch_separable,
             f"{config.method}, penalty {config.penalty}",
         )
         if state:

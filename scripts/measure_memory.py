@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lifequant import options, registry, train
+from lifequant import options, registry
 from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError
 from lifequant.common.seeding import generator
@@ -89,7 +89,7 @@ def one_case(root: Path, case: str, batch: int, side: int) -> None:
     steps = len(order) // batch
     begin = time.perf_counter()
     for step in range(steps):
-        train.make_batch(task, order, step, batch, generator(0, "augment", step))
+        task.training_batch(order, step, batch, generator(0, "augment", step))
         if step == 0 or (step + 1) % -(-steps // 4) == 0 or step == steps - 1:
             line(f"batch {step + 1}", time.perf_counter() - begin)
 

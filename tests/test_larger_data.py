@@ -19,7 +19,6 @@ from support.tiny import SIDE, Tiny, arguments, settings, train
 from torchvision.transforms import functional as reference
 
 from lifequant import options, registry
-from lifequant import train as training
 from lifequant.common.errors import UserError
 from lifequant.common.safe_files import stats_inside
 from lifequant.data import dataset, image_cache, image_storage
@@ -48,7 +47,7 @@ def test_batches_of_a_mapped_cache(tiny, augment):
         assert hasattr(found.train.images, "mapping") == hasattr(found.test.images, "mapping") == (cache == "mmap")
         task = found.task(1, config, registry.method(config.method).joint)
         order = epoch_order(task.labels[task.pool], task.counts, "uniform", seeded())
-        batches = [training.make_batch(task, order, step, 8, seeded(step)) for step in range(3)]
+        batches = [task.training_batch(order, step, 8, seeded(step)) for step in range(3)]
         seen.append([*(value for batch in batches for value in batch[:4]), *task.batch(task.replay)])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 

@@ -177,7 +177,7 @@ FLAGS = {
     "model and quantizer": """arch target_model source_model shortcut quantizer act_quantizer bitW abitW first_last_bits
         layer_bits per_channel bit_schedule bn_reestimate track_oscillations freeze_oscillating pretrained source_dir
         source_file""",
-    "training": """num_epochs train_batch_size eval_batch_size lr step_lr sched warmup_epochs lr_gamma lr_decay_step
+    "training": """num_epochs train_batch_size eval_batch_size lr step_lr sched warmup_epochs lr_gamma optimizer lr_decay_step
         lr_decay_steps momentum weight_decay seed""",
     "run": """job_dir resume reset start_task from test_only device gpus compile amp deterministic checkpoint_seconds on_nan print_freq
         list""",

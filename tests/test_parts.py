@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -15,99 +13,8 @@ from lifequant.data.dataset import DataSet, Store
 from lifequant.data.task import Task
 from lifequant.evaluation.nearest_mean import class_means, features, nme_accuracy, nme_hits, nme_predict
 from lifequant.qat.batchnorm import reestimate_bn
-from lifequant.qat.layers import QuantLinear, weight_layers
-from lifequant.training.ema import WeightAverage
+from lifequant.qat.layers import QuantLinear
 from lifequant.training.head import balanced_order, train_head
-
-# Averaged weights
-
-
-def shake(model: nn.Module) -> None:
-    """Change all that a model holds."""
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                value.mul_(1 + 0.2 * torch.rand_like(value)).add_(0.01 * torch.randn_like(value))
-            else:
-                value.add_(3)
-
-
-def test_average_against_a_loop():
-    model, average = small_net(), WeightAverage(0.9)
-    expected: dict[str, np.ndarray] = {}
-    for step in range(12):
-        shake(model)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        average.update(model)
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, before[name])
-            now = value.double().numpy()
-            if step == 0 or not value.is_floating_point():
-                expected[name] = now
-            else:
-                expected[name] = 0.9 * expected[name] + 0.1 * now
-    found = average.averaged_state(model)
-    assert found.keys() == model.state_dict().keys()
-    for name, value in found.items():
-        np.testing.assert_allclose(value.double().numpy(), expected[name], rtol=1e-5, atol=1e-6)
-    assert found["bn1.num_batches_tracked"] == 1 + 3 * 12 - 1
-    assert not torch.allclose(found["fc.weight_quant.step_size"], model.fc.weight_quant.step_size)
-    assert average.memory_bytes() == sum(v.numel() * v.element_size() for v in model.state_dict().values())
-
-
-def test_an_averaged_network_has_its_bits():
-    """The average of latent weights is quantized anew: at most 2^b values a tensor, at 2 bits as at the 8 of the edges."""
-    model, average = small_net(bits=2), WeightAverage(0.7)
-    for _ in range(5):
-        shake(model)
-        average.update(model)
-    other = small_net(bits=2)
-    other.load_state_dict(average.averaged_state(model))
-    assert torch.equal(other.conv2.weight, average.average["conv2.weight"])
-    for _, layer in weight_layers(other):
-        assert len(layer.weight_quant(layer.weight).unique()) <= 2**layer.weight_quant.bits
-    assert len(other.conv2.weight.unique()) > 4
-    x = torch.randn(4, 3, 8, 8)
-    assert not torch.equal(other.eval()(x), model.eval()(x))
-
-
-def test_the_average_stands_alone():
-    """What is handed out is a copy, in both directions; before the first update it is the model's own state."""
-    model, average = small_net(), WeightAverage(0.5)
-    first = model.conv1.weight.detach().clone()
-    assert torch.equal(average.averaged_state(model)["conv1.weight"], first)
-    average.update(model)
-    shake(model)
-    handed = average.averaged_state(model)
-    assert torch.equal(handed["conv1.weight"], first)
-    handed["conv1.weight"].zero_()
-    assert torch.equal(average.averaged_state(model)["conv1.weight"], first)
-
-
-def test_a_resumed_average_goes_on_bit_for_bit():
-    model, average = small_net(), WeightAverage(0.9)
-    for _ in range(3):
-        shake(model)
-        average.update(model)
-    file = io.BytesIO()
-    torch.save(average.state_dict(), file)
-    file.seek(0)
-    other = WeightAverage(0.9)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    for _ in range(3):
-        shake(model)
-        average.update(model)
-        other.update(model)
-    states = average.averaged_state(model), other.averaged_state(model)
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert not torch.equal(states[0]["conv1.weight"], model.conv1.weight)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_that_is_none(decay):
-    with pytest.raises(ValueError, match="decay"):
-        WeightAverage(decay)
-
 
 # Nearest mean of exemplars
 

@@ -17,12 +17,11 @@ from lifequant import registry
 from lifequant.data.task import Task
 from lifequant.methods.base import LifelongMethod
 from lifequant.methods.importance import at_quantized_weights, conv_weights, per_batch, per_sample
-from lifequant.penalties.base import PENALTIES
 from lifequant.qat.calibration import calibrate
 from lifequant.qat.layers import Scheme, quantized_weights
 
 CONVS = ("conv1", "conv2")
-ANCHORED = [name for name in PENALTIES if name != "proxq_function"]  # those that hold weights
+ANCHORED = [name for name in registry.names("penalty") if name != "proxq_function"]  # those that hold weights
 
 
 def network(quantizer: str = "proxq", bits: int = 4, per_channel: bool = False) -> SmallNet:
@@ -51,7 +50,7 @@ def make_task(place: int = 1, stored: int = 12, warnings: list[str] | None = Non
 
 def penalty_of(name: str, model: nn.Module, task: Task | None = None, **config: float) -> LifelongMethod:
     """As a run has it after task 0 was trained and ``task`` has begun."""
-    guard = PENALTIES[name](SimpleNamespace(ll_lambda=config.get("ll_lambda", 1.0)))
+    guard = registry.penalty(name)(SimpleNamespace(ll_lambda=config.get("ll_lambda", 1.0)))
     guard.begin_task(model, make_task(0))
     guard.begin_task(model, task or make_task())
     return guard
@@ -121,7 +120,7 @@ def test_per_batch():
 def test_zero_until_weights_move(name):
     """Nothing is held in task 0, wherever the weights go; in task 1 what was learned is."""
     model = network()
-    guard = PENALTIES[name](SimpleNamespace(ll_lambda=1.0))
+    guard = registry.penalty(name)(SimpleNamespace(ll_lambda=1.0))
     guard.begin_task(model, make_task(0))
     before = quantized_weights(model)
     move(model)
@@ -285,7 +284,7 @@ def test_state(name):
     file = io.BytesIO()
     torch.save(guard.state_dict(), file)
     file.seek(0)
-    again = PENALTIES[name](SimpleNamespace(ll_lambda=1.0))
+    again = registry.penalty(name)(SimpleNamespace(ll_lambda=1.0))
     again.load_state_dict(torch.load(file, weights_only=True))
     assert again.memory_bytes() == guard.memory_bytes()
     move(model, 0.1)

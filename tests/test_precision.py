@@ -12,6 +12,7 @@ from support.tiny import Tiny, train
 
 from lifequant import registry
 from lifequant import train as training
+from lifequant.data.task import Task
 from lifequant.penalties.base import packed
 from lifequant.qat.calibration import calibrate
 from lifequant.qat.layers import QuantConv2d, QuantReLU, Scheme
@@ -66,7 +67,7 @@ def test_anchors_of_a_run(tiny, tmp_path):
     assert len(kept["anchor"]) == 19 and all(a.dtype == torch.int8 for a in kept["anchor"].values())
     quant = registry.quantizer("proxq").weight(4)
     quant.alpha.copy_(first["layer2.0.conv1.weight_quant.alpha"])
-    value = kept["anchor"]["layer2.0.conv1"] * kept["unit"]["layer2.0.conv1"]
+    value = kept["anchor"]["layer2.0.conv1"] * kept["scale"]["layer2.0.conv1"]
     assert torch.equal(value, quant(first["layer2.0.conv1.weight"]))
 
 
@@ -127,7 +128,7 @@ def test_deterministic_algorithms(tiny, tmp_path, monkeypatch):
 @GPU
 def test_steps_do_not_wait_for_the_gpu(tiny, tmp_path, monkeypatch):
     """Between two readings of the loss nothing makes the host wait for the device."""
-    step, batch_of = training.training_step, training.make_batch
+    step, batch_of = training.training_step, Task.training_batch
 
     def watched(function):
         def call(*args):
@@ -140,7 +141,7 @@ def test_steps_do_not_wait_for_the_gpu(tiny, tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr(training, "training_step", watched(step))
-    monkeypatch.setattr(training, "make_batch", watched(batch_of))
+    monkeypatch.setattr(Task, "training_batch", watched(batch_of))
     train(tiny, tmp_path / "run", method="ours", device="cuda", num_epochs=2)
 
 

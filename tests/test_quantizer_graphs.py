@@ -14,7 +14,6 @@ from torch.func import functional_call, grad, vmap
 
 from lifequant import registry
 from lifequant.losses import LOSSES
-from lifequant.penalties.base import PENALTIES
 from lifequant.qat.calibration import calibrate
 from lifequant.qat.layers import Scheme, quantized_weights
 
@@ -92,12 +91,12 @@ def test_losses_compile_whole():
     x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
     calibrate(model, x)
     counts = torch.tensor([3.0, 1, 9, 4, 2])
-    guard = PENALTIES["proxq"](SimpleNamespace(ll_lambda=1.0))
+    guard = registry.penalty("proxq")(SimpleNamespace(ll_lambda=1.0))
     convolutions = {k: v for k, v in quantized_weights(model).items() if v.dim() == 4}
     importance = {k: torch.rand_like(v) for k, v in convolutions.items()}
     anchor = {k: v + 0.1 * torch.randn_like(v) for k, v in convolutions.items()}
-    unit = {k: torch.ones(()) for k in convolutions}
-    guard.load_state_dict({"importance": importance, "anchor": anchor, "unit": unit, "anchor_bytes": 0})
+    scale = {k: torch.ones(()) for k in convolutions}
+    guard.load_state_dict({"importance": importance, "anchor": anchor, "scale": scale, "anchor_bytes": 0})
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
         logits = model(x)

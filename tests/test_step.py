@@ -12,6 +12,7 @@ from support.tiny import train
 from lifequant import options
 from lifequant import train as training
 from lifequant.checkpointing import checkpoint
+from lifequant.data.task import Task
 from lifequant.qat.layers import fake_quants
 from lifequant.quantizers.base import STEP_FLOOR
 from lifequant.training.schedule import lr_factor
@@ -23,9 +24,9 @@ def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     noises: list[torch.Generator] = []
     orders: list[torch.Generator] = []
-    step, batch_of, order_of = training.training_step, training.make_batch, training.epoch_order
+    step, batch_of, order_of = training.training_step, Task.training_batch, training.epoch_order
 
-    def make_batch(task: Any, order: Any, index: int, size: int, noise: torch.Generator) -> Any:
+    def training_batch(task: Any, order: Any, index: int, size: int, noise: torch.Generator) -> Any:
         noises.append(noise)
         batch = batch_of(task, order, index, size, noise)
         seen.append({"task": task, "batch": batch, "order": order, "noise": noise.initial_seed()})
@@ -53,7 +54,8 @@ def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
         }
         return sums
 
-    for function in (make_batch, epoch_order, training_step):
+    monkeypatch.setattr(Task, "training_batch", training_batch)
+    for function in (epoch_order, training_step):
         monkeypatch.setattr(training, function.__name__, function)
     train(tiny, tmp_path / "run", method="ours", quantizer="lsq", num_epochs=2, weight_decay=0.01, lr=0.02, step_lr=0.3)
     seen[0]["orders"] = [generator.initial_seed() for generator in orders]
@@ -75,14 +77,14 @@ def test_batches(steps):
 def test_an_epoch_has_each_image_once(tiny, tmp_path, monkeypatch):
     """With the uniform sampler: batches of 8 of 36 images, the last filled up with four from the epoch's begin."""
     rows: list[list[int]] = []
-    batch_of = training.make_batch
+    batch_of = Task.training_batch
 
-    def make_batch(*args: Any) -> Any:
+    def training_batch(*args: Any) -> Any:
         batch = batch_of(*args)
         rows.append(batch.rows.tolist())
         return batch
 
-    monkeypatch.setattr(training, "make_batch", make_batch)
+    monkeypatch.setattr(Task, "training_batch", training_batch)
     train(tiny, tmp_path / "run", method="replay")
     first, epoch = ([row for batch in part for row in batch] for part in (rows[:4], rows[4:]))
     assert len(epoch) == 40 and len(set(epoch[:36])) == 36 and epoch[36:] == epoch[:4]

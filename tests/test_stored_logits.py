@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from support.small_tasks import CLASSES, SIZE, batch_of, make, make_task, move, network
 
+from lifequant import registry
 from lifequant.data.task import Batch, Task, user_task
-from lifequant.penalties.base import PENALTIES
 
 
 def test_derpp():
@@ -62,7 +62,7 @@ def test_proxq_function():
     Zero without replay images; all former logits are taken anew as a task begins; written and read it is the same.
     """
     model, task = network(), make_task(1)
-    guard = PENALTIES["proxq_function"](SimpleNamespace(ll_lambda=1.0))
+    guard = registry.penalty("proxq_function")(SimpleNamespace(ll_lambda=1.0))
     guard.begin_task(model, make_task(0))
     guard.begin_task(model, task)
     assert guard.has_penalty and guard.penalty(model) == 0 and model.training
@@ -74,13 +74,13 @@ def test_proxq_function():
         expected = np.mean([((phi[i] - former[i])[:3] ** 2).sum().item() / 3 for i in (1, 3, 4)])
         assert guard.output_penalty(phi, batch).item() == pytest.approx(expected, rel=1e-12)
         assert guard.output_penalty(phi, batch._replace(is_replay=rows < 0)) == 0
-        again = PENALTIES["proxq_function"](guard.config)
+        again = registry.penalty("proxq_function")(guard.config)
         again.load_state_dict(guard.state_dict())
         assert again.output_penalty(phi, batch) == guard.output_penalty(phi, batch)
         assert again.memory_bytes() == guard.memory_bytes() == {"logits": 6 * 5 * 2}
         move(model, 0.1)
         guard.begin_task(model, task)
-    first = PENALTIES["proxq_function"](guard.config)
+    first = registry.penalty("proxq_function")(guard.config)
     first.begin_task(model, make_task(0))
     assert first.output_penalty(phi, batch) == 0 and first.memory_bytes() == {"logits": 0}
     warnings: list[str] = []

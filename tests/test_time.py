@@ -20,6 +20,7 @@ from lifequant.checkpointing import async_writer, checkpoint
 from lifequant.checkpointing.async_writer import Writer
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
+from lifequant.data.task import Task
 from lifequant.results import results
 from lifequant.runtime.device import COMPILE_FROM_STEPS, wants_compile
 from lifequant.training import history, timer
@@ -52,7 +53,7 @@ def test_each_second_has_one_kind(monkeypatch):
     graphs = [0]
     monkeypatch.setattr(timer, "_graphs", lambda: graphs[0])
     rows = history.new_history()
-    times = timer.Clock(rows, begin=990.0)
+    times = timer.Timer(rows, begin=990.0)
     assert times.time_share() is None  # nothing but start-up yet
     hours.now += 5  # 15 s in all
     times.switch("other")
@@ -74,7 +75,7 @@ def test_each_second_has_one_kind(monkeypatch):
         hours.now += 2
     assert rows["seconds_by_part"] == {"method": 12, "evaluation": 7}
     times.stop()
-    times = timer.Clock(dict(rows))  # as after a resumption
+    times = timer.Timer(dict(rows))  # as after a resumption
     hours.now += 1
     times.switch("checkpoint")
     hours.now += 6
@@ -90,10 +91,10 @@ def test_time_share_of_a_run(tiny, tmp_path, monkeypatch):
     """Where the clock goes on in certain calls alone, every share is known."""
     hours = Hours(monkeypatch)
     load = hours.slow(monkeypatch, loop, "load_dataset", 100)
-    batches = hours.slow(monkeypatch, loop, "make_batch", 1)
+    batches = hours.slow(monkeypatch, Task, "training_batch", 1)
     steps = hours.slow(monkeypatch, history, "step_sums", 10)
     tests = hours.slow(monkeypatch, results, "evaluate", 4)
-    windows = hours.slow(monkeypatch, results, "refuse_divergence", 2)
+    windows = hours.slow(monkeypatch, results, "refuse_nonfinite", 2)
     saved = hours.slow(monkeypatch, checkpoint, "model_state", 3)  # at the end, when results are written
     copies = hours.slow(monkeypatch, async_writer, "snapshot", 5)
     found = train(tiny, tmp_path / "run", method="replay", checkpoint_seconds=0)
@@ -128,7 +129,7 @@ def test_time_goes_on_after_a_resumption(tiny, tmp_path, monkeypatch):
 
 def test_the_clock_is_cheap():
     """Two switches, a step and a window a step: far below 0.5 % of the shortest step, some 10 ms."""
-    times = timer.Clock(history.new_history())
+    times = timer.Timer(history.new_history())
     fastest = 1.0
     for _ in range(5):
         begin = time.perf_counter()

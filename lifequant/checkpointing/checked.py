@@ -25,7 +25,7 @@ LARGEST_IMAGE = 4096  # pixels a side
 LARGEST_COUNT = 2**53
 _MODEL = {"config": dict, "options": dict, "class_names": list, "preprocessing": dict, "model": dict}
 _RUN = {"config": dict, "data_key": list, "task_index": int, "step": int, "model": dict, "optimizer": dict, "method": dict,
-        "penalty": (dict, type(None)), "average": (dict, type(None)), "bounded": Tensor,
+        "penalty": (dict, type(None)), "ema": (dict, type(None)), "bounded": Tensor,
         "oscillations": (dict, type(None)), "sums": Tensor, "epoch_sums": Tensor, "best": dict, "history": dict,
         "warnings": list, "compiled": bool, "processes": int}  # fmt: skip
 

@@ -40,8 +40,8 @@ def fits(state: Mapping[str, Any], run: Run, path: Path) -> None:
         if (fresh[name] is None) != (state[name] is None) or set(fresh[name] or ()) != set(state[name] or ()):
             misfit(path, name, state[name])
         _part(path, name, state[name] or {}, run)
-    if run.average and state["average"] is not None:
-        average = state["average"].get("average")
+    if run.ema and state["ema"] is not None:
+        average = state["ema"].get("average")
         if average != {}:
             like(path, "average", fresh["model"], average)
     if state["best"]:

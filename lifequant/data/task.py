@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lifequant.data.augment import crop_and_flip, normalize
-from lifequant.data.image_storage import take
+from lifequant.data.image_storage import send, take
 
 
 class Batch(NamedTuple):
@@ -78,6 +78,17 @@ class Task:
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``batch`` of ``size`` rows after another: no more images at a time than that."""
         return (self.batch(part) for part in rows.split(size))
+
+    def training_batch(self, order: Tensor, index: int, size: int, generator: torch.Generator) -> Batch:
+        """Batch ``index`` of an epoch in ``order`` (indices into ``pool``), augmented on the device.
+
+        The epoch's last batch is filled up from its begin.
+        """
+        chosen = order[torch.arange(index * size, (index + 1) * size, device=order.device) % len(order)]
+        rows = self.pool_on_image_device[chosen]
+        images = self.augment(self.take(rows), generator)
+        chosen, rows = send(chosen, images.device), send(rows, images.device)
+        return Batch(normalize(images), self.labels[rows], chosen >= len(self.new_rows), rows)
 
 
 def user_task(

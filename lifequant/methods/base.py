@@ -1,6 +1,7 @@
-"""What a lifelong method is: callbacks around THE training step of train.py. The base is no protection; every hook a no-op.
+"""What a lifelong method is: hooks around THE training step of train.py.
 
-A penalty (lifequant/penalties.py) has the same callbacks; where one is chosen it takes the place of the method's own.
+``TrainingHooks`` is what a method and a penalty (lifequant/penalties/) have in common; every hook does nothing until a
+subclass says otherwise.
 """
 
 from __future__ import annotations
@@ -15,16 +16,62 @@ from lifequant.data.task import Batch, Task
 from lifequant.losses import LOSSES
 
 
-class LifelongMethod:
-    """Base: no protection. ``parts`` are what the method uses unless a flag says otherwise."""
+class TrainingHooks:
+    """Hooks that train.py calls, in the order in which they stand here, and the state that a resumed run needs."""
 
     name = ""
     help = ""
+    has_penalty = False  # ``penalty`` or ``output_penalty`` may hold a new task down
+    batch_separable = True  # the losses are means over images, so that several processes may share a batch
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @staticmethod
+    def add_args(group: argparse._ArgumentGroup) -> None:
+        """Add own flags, spelled ``--<name>_<option>``. ``config.option(name)["<option>"]`` gives the value."""
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """Called before a task's first step; ``model`` is as the former task left it."""
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Scalar, before lambda; zero where there is none."""
+        return next(model.parameters()).new_zeros(())
+
+    def output_penalty(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Scalar like ``penalty``, of the batch's outputs [N, C]; zero where there is none."""
+        return logits.new_zeros(())
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Called when gradients are there and the optimizer has not stepped yet."""
+
+    def after_step(self, model: nn.Module, lr_ratio: float) -> None:
+        """Called after the optimizer's step; ``lr_ratio`` is the learning rate over its highest value."""
+
+    def end_task(self, model: nn.Module, task: Task) -> None:
+        """Called after a task's last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: anything that torch.load(weights_only=True) gives back."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes that are kept between tasks beside the model and the replay images, under any names.
+
+        ``importance``, ``reference`` (former weights or a former model) and ``logits`` are the usual ones.
+        """
+        return {}
+
+
+class LifelongMethod(TrainingHooks):
+    """The base of all methods: no protection. ``defaults`` are the settings of a run that gives no flag for them."""
+
     joint = False  # all tasks at once
-    has_penalty = False  # has a penalty, which may hold a new task down
-    regularizer = False  # protects by a penalty alone, which at shared outputs hardly helps; a run says so
+    regularizer = False  # protects by a penalty alone, which hardly helps where tasks share outputs; a run says so
     needs_teacher = False  # wants Batch.teacher
-    batch_separable = True  # its losses are means over images, so that processes may share out a batch
     per_step_state = False  # gathers state at every step, so that a run can't be forked from another method's
     defaults: ClassVar[dict[str, Any]] = {
         "quantizer": "lsq",
@@ -35,16 +82,11 @@ class LifelongMethod:
     }
 
     def __init__(self, config: Any) -> None:
-        self.config = config
+        super().__init__(config)
         self.loss = LOSSES[config.loss]
-        self.counts: Tensor | None = None
-
-    @staticmethod
-    def add_args(group: argparse._ArgumentGroup) -> None:
-        """Add the method's own flags, spelled ``--<name>_<option>``."""
+        self.counts: Tensor | None = None  # float32 [C], images of each class in the pool
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Before a task's first step; ``model`` is as the former task left it."""
         if self.counts is None:
             self.counts = torch.empty_like(task.counts)
         self.counts.copy_(task.counts)  # in place, so that a compiled step goes on with it
@@ -53,31 +95,8 @@ class LifelongMethod:
         """Scalar loss of [N, C] logits."""
         return self.loss(logits, batch.y, self.counts)
 
-    def penalty(self, model: nn.Module) -> Tensor:
-        """Scalar, before lambda; zero where there is none."""
-        return next(model.parameters()).new_zeros(())
-
-    def output_penalty(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Scalar like ``penalty``, of the batch's outputs; zero where there is none."""
-        return logits.new_zeros(())
-
-    def after_backward(self, model: nn.Module) -> None:
-        """Gradients are there, the step is not yet done."""
-
-    def after_step(self, model: nn.Module, lr_ratio: float) -> None:
-        """The step is done; ``lr_ratio`` is the learning rate over its highest value."""
-
-    def end_task(self, model: nn.Module, task: Task) -> None:
-        """After a task's last step."""
-
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; what a resumed run needs."""
         return {"counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts = state["counts"]
-
-    def memory_bytes(self) -> dict[str, int]:
-        """Bytes kept between tasks beside model and replay images: any of ``importance``, ``reference`` (former weights
-        or a former model), ``logits``."""
-        return {}

@@ -24,8 +24,8 @@ def make_scheme(config: Config) -> Scheme:
     """Weights and activations may have different quantizers."""
     activations = config.act_quantizer or config.quantizer
     return Scheme(
-        weights=registry.quantizer(config.quantizer, **config.option(config.quantizer)),
-        activations=registry.quantizer(activations, **config.option(activations)),
+        weights=registry.quantizer(config.quantizer, **config.option(config.quantizer, "quantizer")),
+        activations=registry.quantizer(activations, **config.option(activations, "quantizer")),
         weight_bits=config.bitW,
         act_bits=config.abitW,
         first_last_bits=config.first_last_bits,

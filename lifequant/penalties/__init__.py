@@ -1,0 +1,1 @@
+"""Penalties: one file each, under the contract of base.py."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +21,18 @@ from lifequant.qat.layers import fake_quants, quantized_weights, weight_layers
 from lifequant.qat.packing import packed_model_bytes
 from lifequant.quantizers.base import FakeQuant
 from lifequant.results import schema
-from lifequant.results.run_warnings import refuse_divergence, warn_of, warn_of_one_code
+from lifequant.results.run_warnings import warn_of, warn_of_one_code
 from lifequant.results.table import table
+from lifequant.training.divergence import refuse_nonfinite, stop_at_last_checkpoint
+from lifequant.training.ema import ema_bytes
 from lifequant.training.history import means
-
-if TYPE_CHECKING:
-    from lifequant.training.run import Run
+from lifequant.training.run import Run
 
 SCHEMA = 1
 TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
     "loss": "loss/all",
     "task_loss": "loss/task",
+    "distillation": "loss/distillation",
     "penalty": "loss/penalty",
     "top1": "accuracy/train_top1",
     "top5": "accuracy/train_top5",
@@ -40,18 +41,14 @@ KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
 
-def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:
-    """The means since the last reading: to the curves and the progress bar. False where they are not finite and the run has
-    gone back to the last reading (see finite.py)."""
-    with run.timer.within("step"):  # a GPU has the steps before still to do
-        values = means(run.sums)
-        bad = run.watch.bad()
-    if bad:
-        run.watch.go_back(run)
-        bar.update(run.step - bar.n)
-        return False
+def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
+    """Read the means since the last reading; they go to the curves and to the progress bar. Raises UserError where they are
+    not finite."""
+    with run.timer.within("step"):  # a GPU has still to do the steps before
+        values = means(run.sums, run.term_names)
+        stop_at_last_checkpoint(run)
+    refuse_nonfinite(run, values["loss"], "the mean loss")
     run.sums.zero_()
-    refuse_divergence(run, values["loss"])
     speed = run.timer.images_per_second()
     for name, value in values.items():
         curves.add_scalar(TAGS[name], value, run.step)
@@ -61,8 +58,6 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> bool:
     for name, quant in fake_quants(run.model):
         curves.add_scalar(f"quantizer_step_size/{name}", quant.scale().mean().item(), run.step)
     bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
-    run.watch.keep(run)
-    return True
 
 
 def memory_bytes(run: Run, task: Any) -> dict[str, int]:
@@ -71,8 +66,8 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
     memory = {"replay": task.buffer_count * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
     for callback in run.callbacks:
         for name, size in callback.memory_bytes().items():
-            memory[name] += size
-    memory["average"] = run.average.memory_bytes() if run.average else 0
+            memory[name] = memory.get(name, 0) + size
+    memory["average"] = ema_bytes(run.ema) if run.ema else 0
     memory["oscillation"] = run.oscillations.memory_bytes() if run.oscillations else 0
     if run.teacher is not None:
         memory["reference"] += packed_model_bytes(run.model)
@@ -87,7 +82,7 @@ def end_task(run: Run, task: Any) -> None:
         if run.config.nme:
             exemplars = run.data.stored(task_index + 1, run.config)
             history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
-    refuse_divergence(run, sum(scores.error), evaluated=True)
+    refuse_nonfinite(run, sum(scores.error), "the quantization error on test images")
     for name, row in (
         ("top1", scores.top1),
         ("top5", scores.top5),
@@ -96,7 +91,7 @@ def end_task(run: Run, task: Any) -> None:
     ):
         history[name].append(row)
     history["tasks"].append({"train_images": len(task.new_rows), "replay_images": len(task.replay)})
-    history["training"].append(means(run.epoch_sums))
+    history["training"].append(means(run.epoch_sums, run.term_names))
     history["memory"] = memory_bytes(run, task)
     for i, id in enumerate(run.data.ids):
         curves = run.log.writer(f"task{id}/test", purge_step=task_index)

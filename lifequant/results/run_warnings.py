@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
-from lifequant.common.errors import UserError
 from lifequant.qat.layers import fake_quants
 from lifequant.quantizers.base import STEP_FLOOR
-from lifequant.training.diagnosis import diagnose_evaluation
-
-if TYPE_CHECKING:
-    from lifequant.training.run import Run
+from lifequant.training.run import Run
 
 MUCH_BOUNDED = 0.05  # of the updates of a step size
 AT_CHANCE = 0.01  # an accuracy that chance gives more often than this is no proof of learning
-
-
-def refuse_divergence(run: Run, value: float, evaluated: bool = False) -> None:
-    """Raises UserError where a mean loss, or what a model says of test images, is not finite; see finite.py for steps."""
-    if not math.isfinite(value):
-        why = diagnose_evaluation(run) if evaluated else "the mean loss is not finite"
-        raise UserError(
-            f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.task_index]}, step {run.step}: "
-            f"{why}. No step can be left out for it; begin anew with a smaller --lr, --ll_lambda or --step_lr"
-        )
 
 
 def warn_of(run: Run, task_index: int) -> None:
@@ -44,7 +29,7 @@ def warn_of(run: Run, task_index: int) -> None:
             "the penalty is larger than the task loss",
             f" ({now['penalty']:.3g}, {now['task_loss']:.3g}): {remedy}",
         )
-    elif run.guard.has_penalty and task_index > 0 and masked[task_index][task_index] < 0.8 * masked[0][0]:
+    elif run.penalty.has_penalty and task_index > 0 and masked[task_index][task_index] < 0.8 * masked[0][0]:
         once(
             run,
             f"task {run.data.ids[task_index]} is learned to {masked[task_index][task_index]:.1f} % (task-masked) where the first was to {masked[0][0]:.1f} %: ",

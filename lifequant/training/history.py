@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,24 +28,23 @@ def new_history() -> dict[str, Any]:
     return rows | times | {"baseline": None, "memory": {}}
 
 
-def step_sums(logits: Tensor, y: Tensor, task_loss: Tensor, penalty: Tensor) -> Tensor:
-    """float32 [5] on the device: task loss, penalty times lambda, top-1 and top-5 hits, images; losses times images."""
+def step_sums(logits: Tensor, y: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+    """float32 [len(terms) + 3] on the device: each loss term times the images, top-1 hits, top-5 hits, images.
+
+    logits [N, C], y int64 [N], terms scalars. Nothing waits for the device.
+    """
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
     n = len(y)
-    return torch.stack(
-        [
-            task_loss * n,
-            penalty * n,
-            top[:, 0].sum().float(),
-            top.sum().float(),
-            torch.full((), float(n), device=y.device),
-        ]
-    )
+    hits = [top[:, 0].sum().float(), top.sum().float(), torch.full((), float(n), device=y.device)]
+    return torch.stack([*(term * n for term in terms.values()), *hits])
 
 
-def means(sums: Tensor) -> dict[str, float]:
-    """The sums per image; a device synchronization."""
-    task_loss, penalty, top1, top5, images = sums.tolist()
+def means(sums: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """{"loss": all terms together, then each term by its name, "top1", "top5" in percent}: means over images.
+
+    ``sums`` are added up from ``step_sums``; ``names`` are the terms' names in their order. Waits for the device.
+    """
+    *terms, top1, top5, images = sums.tolist()
     n = max(images, 1)
-    return {"loss": (task_loss + penalty) / n, "task_loss": task_loss / n, "penalty": penalty / n,
-            "top1": 100 * top1 / n, "top5": 100 * top5 / n}  # fmt: skip
+    by_name = {name: term / n for name, term in zip(names, terms, strict=True)}
+    return {"loss": sum(terms) / n, **by_name, "top1": 100 * top1 / n, "top5": 100 * top5 / n}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +12,7 @@ from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.qat.calibration import calibrate
-
-if TYPE_CHECKING:
-    from lifequant.training.run import Run
+from lifequant.training.run import Run
 
 CALIBRATION_IMAGES = 256
 
@@ -52,7 +49,7 @@ def prepare(run: Run) -> None:
             for callback in run.callbacks:
                 callback.end_task(run.model, task)
             state["method"] = run.method.state_dict()
-            state["penalty"] = None if run.guard is run.method else run.guard.state_dict()
+            state["penalty"] = None if run.penalty is run.method else run.penalty.state_dict()
         run.load(state, path)
         run.log.say(f"begun at task {data.ids[run.task_index]} with the state of {config.from_run}")
 

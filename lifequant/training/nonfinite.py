@@ -1,151 +1,115 @@
-"""Numbers that go wrong: a step whose losses, gradients, weights or BatchNorm statistics are not finite changes nothing.
+"""Steps whose numbers are NaN, infinite, or so large that the next update may overflow.
 
-With ``--on_nan stop`` the run writes the state of before that step and ends; with ``skip`` it leaves the step out and
-counts it. What counts as not finite is NaN, infinity, and what LIMIT is exceeded by: a number so large that the next update
-may overflow, so that the state of before is one whose numbers are all finite.
-
-On the CPU, and with ``skip`` on a GPU, each step is looked at after its backward pass, before anything but BatchNorm's
-running statistics has changed, and these are put back. On a GPU that is a synchronization at each step, so ``stop`` does
-without: the largest number since the last reading (--print_freq) stays on the device, and is read with the losses. Where it
-is not finite the run goes back to the state at the reading before, of which a copy is kept on the device, and does these
-steps again, looked at one by one. A checkpoint that falls due meanwhile is that copy.
+On the CPU, and with ``--on_nan skip``, each step is checked between its backward pass and its update, when only BatchNorm's
+running statistics have changed; ``restore_buffers`` puts those back, so the state is the one before the step. A GPU would
+have to wait for that at every step, so ``--on_nan stop`` reads there, with the losses, the largest number since the last
+reading, and the run stops at its last checkpoint.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lifequant.common.errors import UserError
+from lifequant.config import Config
 from lifequant.runtime import distributed
-from lifequant.training.diagnosis import diagnose
 
-if TYPE_CHECKING:
-    from lifequant.config import Config
-    from lifequant.data.task import Batch
-    from lifequant.training.run import Run
-
-LIMIT = 1e18  # of a diverged run alone; its square is finite in float32, which ends at 3.4e38
-MOST_IN_A_ROW = 100  # steps left out one after another: nothing is being learned any more
-REMEDY = "a smaller --lr, --ll_lambda or --step_lr"
+LIMIT = 1e18  # only a diverged run gets here; the square of it is still finite in float32
+MOST_IN_A_ROW = 100  # a run that skips more steps one after another learns nothing any more
 
 
-class Watch:
-    """Looks at each step's numbers. About 1 ms a step of ResNet-20 on a CPU, 0.3 % at batches of 128; ``late``: no device synchronization."""
+class FiniteCheck:
+    """Checks the numbers of each step; about 1 ms a step of ResNet-20 on a CPU, 0.3 % at batches of 128."""
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
-        self.skips = config.on_nan == "skip"
-        self.late = device.type == "cuda" and not self.skips
+        self.deferred = device.type == "cuda" and config.on_nan == "stop"
         self.decay = config.weight_decay
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffers = list(model.buffers())
-        self.floating = [b for b in self.buffers if b.is_floating_point()]
-        self.former = [torch.empty_like(b) for b in self.buffers]
-        self.largest = torch.zeros((), device=device)  # since the last reading, where it is read late
-        self.kept: dict[str, Any] | None = None  # the state at the last reading, the same
+        self.saved = [torch.empty_like(b) for b in self.buffers]
+        self.largest = torch.zeros((), device=device)  # since the last reading, where the check is deferred
 
     @torch.no_grad()
-    def before(self) -> None:
-        """Before the forward pass, which changes BatchNorm's running statistics."""
-        if not self.late and self.buffers:
-            torch._foreach_copy_(self.former, self.buffers)
+    def before_step(self) -> None:
+        """Save BatchNorm's running statistics, which the forward pass changes."""
+        if self.buffers and not self.deferred:
+            torch._foreach_copy_(self.saved, self.buffers)
 
     @torch.no_grad()
-    def fine(self, losses: list[Tensor], lr: float) -> bool:
-        """Whether all is finite, after the backward pass; True, and seen later, where it is read late."""
-        number = self._largest(losses, lr)
-        if self.late:
+    def restore_buffers(self) -> None:
+        """Put back what ``before_step`` saved."""
+        if self.buffers and not self.deferred:
+            torch._foreach_copy_(self.buffers, self.saved)
+
+    @torch.no_grad()
+    def is_finite(self, losses: list[Tensor], lr: float) -> bool:
+        """Whether the step may go on, after the backward pass; always True where the check is deferred."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        weight = largest(self.parameters)
+        after_update = weight + max(lr, 1.0) * (largest(gradients) + self.decay * weight)
+        others = largest([*(b for b in self.buffers if b.is_floating_point()), *losses])
+        number = distributed.total(torch.maximum(after_update, others))
+        if self.deferred:
             self.largest = torch.maximum(self.largest, number)  # NaN stays
             return True
-        return number.item() <= LIMIT  # NaN is not
+        return number.item() <= LIMIT  # False for NaN
 
-    def _largest(self, losses: list[Tensor], lr: float) -> Tensor:
-        """A bound on all that this step makes, NaN where something is: scalar float32, of all processes alike."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        weight, gradient = largest(self.parameters), largest(gradients)
-        others = largest([*self.floating, *losses])
-        after = weight + max(lr, 1.0) * (gradient + self.decay * weight)
-        return distributed.total(torch.maximum(after, others))
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """BatchNorm's running statistics as before the forward pass."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.former)
-
-    def bad(self) -> bool:
-        """Whether a number since the last reading was not finite, where it is read late; a device synchronization."""
-        return self.late and not self.largest.item() <= LIMIT
-
-    def keep(self, run: Run) -> None:
-        """A reading went well: remember the state, where it may be needed."""
-        if self.late:
-            since = run.timer.checkpoint
-            self.largest.zero_()
-            self.kept = copy.deepcopy({name: value for name, value in run.state().items() if name != "history"})
-            run.timer.checkpoint = since  # this is no checkpoint
-
-    def state(self, run: Run) -> dict[str, Any] | None:
-        """The state that a checkpoint is to hold instead of the present one, which is not finite; None as a rule."""
-        return {**self.kept, "history": run.history} if self.kept is not None and self.bad() else None
-
-    def go_back(self, run: Run) -> None:
-        """To the last reading; from here on each step is looked at."""
-        clock = run.timer
-        run.load({**self.kept, "history": run.history, "warnings": run.log.warnings}, Path(run.config.job_dir))
-        run.timer, self.late, self.kept = clock, False, None
+    def found_nonfinite(self) -> bool:
+        """Whether a number since the last call was not finite, where the check is deferred; waits for the device."""
+        found = self.deferred and not self.largest.item() <= LIMIT
+        self.largest.zero_()
+        return found
 
 
 def largest(tensors: list[Tensor]) -> Tensor:
-    """The largest magnitude in dense tensors of one type and device, NaN where there is one: scalar. No synchronization."""
+    """The largest magnitude in dense tensors of one type and device, NaN where there is one: a scalar on the device."""
     if tensors[0].is_cuda:
         return torch.stack(torch._foreach_norm(tensors, torch.inf)).amax()
-    # In the order of memory, whatever the layout: half the time of a norm each, on a CPU.
+    # In the order of memory, whatever the layout: on a CPU that takes half the time of a norm of each.
     least, most = torch.cat([t.as_strided((t.numel(),), (1,)) for t in tensors]).aminmax()
     return torch.maximum(-least, most)
 
 
-def skip_step(run: Run, batch: Batch, save: Callable[[Run], None]) -> Tensor:
-    """What becomes of a step that is not finite: no change, sums of 0 (results.step_sums), or, after ``save``, UserError."""
-    task_id, step = run.data.ids[run.task_index], run.step
-    why = diagnose(run, batch)
-    run.optimizer.zero_grad()
-    run.watch.put_back()
-    skipped = run.history.get("skipped", {"steps": 0, "in_a_row": 0, "last": None})
-    in_a_row = skipped["in_a_row"] if skipped["last"] == [run.task_index, step - 1] else 0
-    if not run.watch.skips or in_a_row == MOST_IN_A_ROW:
-        raise _stopped(run, f"the run diverged in task {task_id}, step {step}: {why}", save)
-    run.history["skipped"] = {"steps": skipped["steps"] + 1, "in_a_row": in_a_row + 1, "last": [run.task_index, step]}
-    if skipped["steps"] == 0:
-        run.log.warn(
-            f"steps that are not finite are left out (--on_nan skip; skipped_steps counts them), the first in task {task_id}, "
-            f"step {step}: {why}"
-        )
+def diagnose(model: nn.Module, terms: Mapping[str, Tensor], x: Tensor) -> str:
+    """One line on a step that went wrong: the loss terms, then the first weight, layer output or gradient that is not finite.
+
+    ``terms`` are the loss terms as they were added up; ``x`` is the batch, which passes the network once more.
+    """
+    values = {name: float(value) for name, value in terms.items()}
+    said = [f"the {name} is {value:g}" for name, value in values.items() if not torch.tensor(value).isfinite()]
+    if not said:
+        name = max(values, key=lambda name: abs(values[name]))
+        said = [f"the largest term of the loss is the {name} ({values[name]:g})"]
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    if weight := _first_nonfinite(model.named_parameters()):
+        where = f"{weight} itself is not finite"
+    elif layer := first_nonfinite_layer(model, x):
+        where = f"the first layer with an output that is not finite is {layer}"
+    elif gradient := _first_nonfinite(reversed(gradients)):  # the backward pass begins at the last layer
+        where = f"the first gradient that is not finite is that of {gradient}"
     else:
-        run.log.note(f"task {task_id}, step {step} is left out: {why}")
-    return torch.zeros_like(run.sums)
+        name, value = max(gradients, key=lambda entry: entry[1].abs().max().item())
+        where = f"all is finite before the update; the largest gradient is that of {name} ({value.abs().max():.3g})"
+    return f"{', '.join(said)}; {where}"
 
 
-def _stopped(run: Run, what: str, save: Callable[[Run], None]) -> UserError:
-    if run.step:  # else the last checkpoint is it, or nothing has been trained
-        save(run)
-        run.writer.wait()
-        kept = "the state before that step is kept"
-    elif run.task_index:
-        kept = "the task before is kept"
-    else:
-        kept = "nothing was trained before"
-    again = (
-        f"after {MOST_IN_A_ROW} steps left out in a row"
-        if run.watch.skips
-        else "--resume --on_nan skip leaves the step out"
-    )
-    run.log.note(what)
-    return UserError(
-        f"{run.config.job_dir}: {what}. {kept[0].upper()}{kept[1:]}; {again}; else begin anew with {REMEDY}"
-    )
+@torch.no_grad()
+def first_nonfinite_layer(model: nn.Module, x: Tensor) -> str | None:
+    """The name of the first module whose output for ``x`` is not finite; None where all outputs are."""
+    outputs: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: outputs.append((name or "the network", output)))
+        for name, module in model.named_modules()
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _first_nonfinite(outputs)
+
+
+def _first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    return next((name for name, value in named if not value.isfinite().all()), None)

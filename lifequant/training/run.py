@@ -12,113 +12,104 @@ import torch
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.checkpointing import checked, checked_run, checkpoint, run_folder
+from lifequant.checkpointing import checked, checkpoint, run_folder
 from lifequant.checkpointing.async_writer import Writer
 from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.data.dataset import DataSet, data_key
 from lifequant.data.task import Batch, Task
-from lifequant.losses import distillation
-from lifequant.methods.base import LifelongMethod
+from lifequant.methods.base import LifelongMethod, TrainingHooks
 from lifequant.models.build import build
-from lifequant.penalties.base import PENALTIES
 from lifequant.qat.oscillations import Oscillations
 from lifequant.qat.scales import Scales, param_groups
 from lifequant.runtime import distributed
 from lifequant.runtime.log import Log
-from lifequant.training.ema import WeightAverage
+from lifequant.training.ema import make_ema
 from lifequant.training.history import new_history
-from lifequant.training.nonfinite import Watch
-from lifequant.training.timer import Clock
+from lifequant.training.nonfinite import FiniteCheck
+from lifequant.training.timer import Timer
 
 
 class Run:
-    """A run's state: what a checkpoint holds, and what is built anew from the config."""
+    """The state of a run. Names that a checkpoint holds are in ``state``."""
 
     def __init__(
         self, config: Config, log: Log, device: torch.device, dataset: DataSet, began: float | None = None
     ) -> None:
         self.config, self.log, self.device, self.data = config, log, device, dataset
-        self.model = distributed.synchronized(build(config, dataset.num_classes).to(device), device)
         self.method: LifelongMethod = registry.method(config.method)(config)
-        self.guard = PENALTIES[config.penalty](config) if config.penalty != "none" else self.method
+        own_penalty = config.penalty == "none"  # the method's own, which may be no penalty at all
+        self.penalty: TrainingHooks = self.method if own_penalty else registry.penalty(config.penalty)(config)
+        self.callbacks = [self.method] if own_penalty else [self.method, self.penalty]
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
-        self.task_index = self.step = 0  # task, and steps done in it
-        self.callbacks = [self.method] if self.guard is self.method else [self.method, self.guard]
-        self.scales = Scales(self.model)
-        self.watch = Watch(config, self.model, device)
-        self.teacher: nn.Module | None = None  # the former task's model, where something distils from it
+        self.task_index = self.step = 0  # the task, and the steps done in it
+        self.set_model(distributed.synchronized(build(config, dataset.num_classes).to(device), device))
+        self.teacher: nn.Module | None = None  # the former task's model, where something distills from it
         self.teach: Callable[[Tensor], Tensor] | None = None  # its forward, compiled where the step is
         if (config.distill or self.method.needs_teacher) and self.num_tasks > 1:
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
             self.teach = self.teacher
-        self.known = torch.zeros(dataset.num_classes, dtype=torch.bool, device=device)  # classes of former tasks
-        self.known_share = torch.zeros((), device=device)  # of the classes seen until now
-        self.average = WeightAverage(config.ema) if config.ema else None
+        self.old_classes = torch.zeros(dataset.num_classes, dtype=torch.bool, device=device)
+        self.old_class_share = torch.zeros((), device=device)  # of the classes seen until now
+        self.ema = make_ema(self.model, config.ema) if config.ema else None
         track = config.track_oscillations or config.freeze_oscillating is not None
         self.oscillations = Oscillations(config.freeze_oscillating) if track else None
-        self.optimizer = self.make_optimizer()
         self.data_key = data_key(dataset)
-        self.sums = torch.zeros(5, device=device)  # results.step_sums since the last reading
-        self.epoch_sums = torch.zeros(5, device=device)  # since the epoch's begin
-        self.best: dict[str, Any] = {}  # of the task, with --val_fraction
+        distills = config.distill and self.teacher is not None
+        self.term_names = ["task_loss", *(["distillation"] if distills else []), "penalty"]
+        self.sums = torch.zeros(len(self.term_names) + 3, device=device)  # step_sums since the last reading
+        self.epoch_sums = torch.zeros_like(self.sums)  # since the epoch's begin
+        self.best: dict[str, Any] = {}  # the task's best epoch, with --val_fraction
         self.history = new_history()
-        self.timer = Clock(self.history, began)
+        self.timer = Timer(self.history, began)
         self.writer = Writer()
-        self.compiled = False  # as decided at the run's begin
-        self.losses = self.compute_losses
+        self.compiled = False  # decided when the run begins
+        self.compiled_loss_terms: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]] | None = None
 
-    def make_optimizer(self) -> torch.optim.SGD:
-        """SGD, anew for each task."""
+    def set_model(self, model: nn.Module) -> None:
+        """Train ``model`` from here on: all that refers to its parameters is made anew."""
+        self.model = model
+        self.scales = Scales(model)
+        self.finite_check = FiniteCheck(self.config, model, self.device)
+        self.optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of ``--optimizer``; each task begins with a new one."""
         config = self.config
         groups = param_groups(self.model, config.lr, config.weight_decay, config.step_lr)
         for group in groups:
             group["highest_lr"] = group["lr"]
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
-
-    def compute_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, task loss, penalty before lambda): the part of the step that torch.compile takes whole."""
-        with self.autocast():
-            logits = self.model(batch.x)
-        logits = logits.float()
-        task_loss = self.method.task_loss(logits, batch)
-        if self.config.distill and batch.teacher is not None:
-            old = distillation(logits, batch.teacher, self.known, self.config.distill_temperature)
-            task_loss = task_loss + self.config.distill * self.known_share * old
-        return logits, task_loss, self.guard.penalty(self.model) + self.guard.output_penalty(logits, batch)
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        return kind(groups, lr=config.lr, foreach=True)
 
     def autocast(self) -> AbstractContextManager:
         """With ``--amp bf16`` convolutions and the head compute in bfloat16, in training; quantizers stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.amp == "bf16" else nullcontext()
 
     def load_teacher(self, task: Task) -> None:
-        """What belongs to no method, at a task's first step and after a resumption: teacher and known classes."""
-        self.known.copy_(task.old_classes)
+        """Set the old classes and load the former task's model, at a task's first step and after a resumption."""
+        self.old_classes.copy_(task.old_classes)
         seen = torch.bincount(task.labels[task.pool], minlength=len(task.old_classes)) > 0
-        self.known_share.copy_(task.old_classes.sum() / (task.old_classes | seen).sum())
+        self.old_class_share.copy_(task.old_classes.sum() / (task.old_classes | seen).sum())
         if self.teacher is not None and task.task_index > 0:
             self.writer.wait()
             former = checkpoint.read(run_folder.task_file(self.config.job_dir, task.task_index - 1), "run", self.device)
             self.teacher.load_state_dict(former["model"])
 
     def with_teacher(self, batch: Batch) -> Batch:
-        """The batch with the former model's logits, zeros in task 0; as it is where nothing asks for them."""
+        """The batch with the former model's logits, zeros in task 0; the batch itself where nothing asks for them."""
         if self.teach is None:
             return batch
         if self.task_index == 0:
-            return batch._replace(teacher=batch.x.new_zeros(len(batch.y), len(self.known)))
+            return batch._replace(teacher=batch.x.new_zeros(len(batch.y), len(self.old_classes)))
         with torch.no_grad(), self.autocast():
             return batch._replace(teacher=self.teach(batch.x).float())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint is to hold; the time until now is counted."""
+        """What a checkpoint holds, not copied. The time until now is added to the history."""
         self.timer.stop()
-        if former := self.watch.state(self):
-            return former
-        return self.content()
-
-    def content(self) -> dict[str, Any]:
-        """The state as it is, without a copy."""
         return {
             "kind": "run",
             "config": self.config.asdict(),
@@ -128,8 +119,8 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
-            "penalty": None if self.guard is self.method else self.guard.state_dict(),
-            "average": self.average and self.average.state_dict(),
+            "penalty": None if self.penalty is self.method else self.penalty.state_dict(),
+            "ema": self.ema and self.ema.state_dict(),
             "bounded": self.scales.limited_updates,
             "oscillations": self.oscillations and self.oscillations.state_dict(),
             "sums": self.sums,
@@ -148,22 +139,22 @@ class Run:
             raise UserError(
                 f"{path}: its run had {state['processes']} processes, now there are {distributed.world_size()}: go on with as many"
             )
-        checked_run.fits(state, self, path)
+
         checkpoint.load_strictly(path, self.model, state["model"])
         self.task_index, self.step, self.best = state["task_index"], state["step"], state["best"]
         self.history, self.log.warnings = state["history"], list(state["warnings"])
-        self.timer = Clock(self.history, self.timer.since)
+        self.timer = Timer(self.history, self.timer.since)
         self.sums.copy_(state["sums"])
         self.epoch_sums.copy_(state["epoch_sums"])
         with checked.loading(path, "optimizer's, method's or penalty's state"):
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["method"])
-            if self.guard is not self.method:
-                self.guard.load_state_dict(state["penalty"])
+            if self.penalty is not self.method:
+                self.penalty.load_state_dict(state["penalty"])
             self.scales.limited_updates.copy_(state["bounded"])
-            for name in ("average", "oscillations"):
+            for name in ("ema", "oscillations"):
                 if state[name] is not None and getattr(self, name) is not None:
                     getattr(self, name).load_state_dict(state[name])
             with torch.no_grad():
                 if self.task_index or self.step:
-                    self.guard.penalty(self.model)  # what doesn't fit fails here, not in the midst of training
+                    self.penalty.penalty(self.model)  # what doesn't fit fails here, not in the midst of training

@@ -13,7 +13,7 @@ USEFUL = ("step", "evaluation")  # what is not overhead
 KINDS = ("step", "evaluation", "method", "data", "logging", "checkpoint", "other")
 
 
-class Clock:
+class Timer:
     """Seconds of a run in all, of its steps, and of each kind of work.
 
     Two accounts. ``seconds_by_part`` is of a run's large parts, as ``part`` encloses them. ``seconds_by_kind`` gives each
@@ -23,7 +23,7 @@ class Clock:
     end of a task: importances), ``data`` (order of an epoch, batches, augmentation), ``logging`` (curves, progress bar, log,
     results), ``checkpoint`` and ``other``.
 
-    All is the host's time, without a device synchronization of the clock's own. A GPU works behind the host, so there a kind
+    All is the host's time, without a device synchronization of the timer's own. A GPU works behind the host, so there a kind
     has the time in which the host queued its kernels, and whoever reads a value waits for all that was queued before; the
     loop therefore reads the sums of its steps as ``step``.
 

@@ -11,7 +11,6 @@ from torch import nn
 from lifequant import calibrate, options, quantize_model, registry
 from lifequant.data.replay import epoch_order
 from lifequant.data.task import Batch, user_task
-from lifequant.penalties.base import PENALTIES
 from lifequant.qat.scales import Scales, param_groups
 
 warnings.simplefilter("ignore")
@@ -42,7 +41,7 @@ def learn(config):
     q = quantize_model(network(), config.quantizer, weight_bits=config.bitW, act_bits=config.abitW)
     calibrate(q, training[0][0].split(64))
     method = registry.method(config.method)(config)
-    guard = PENALTIES[config.penalty](config) if config.penalty != "none" else method
+    guard = registry.penalty(config.penalty)(config) if config.penalty != "none" else method
     callbacks = [method] if guard is method else [method, guard]
     replay_x, replay_y, past_y = None, None, None
     for t, (x, y) in enumerate(training):

@@ -1,0 +1,58 @@
+"""ProxQ's penalty as a proximal step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.data.task import Task
+from lifequant.penalties.base import Anchored, Penalty, fisher_of_gone_classes
+from lifequant.qat.layers import weight_layers
+from lifequant.quantizers.base import FakeQuant
+from lifequant.registry import register
+
+
+@register("penalty", "proxq_step")
+class ProxQStep(Anchored):
+    """A proximal step after SGD's, in the space of codes, stable for any strength k = lambda.
+
+    With u the real-valued code and r the former integer code, d = u - r: |d| <- min(|d|, 1/2) + max(|d| - 1/2, 0) /
+    (1 + k (eta_t / eta_0) Fn), Fn = F over its layer's mean, clipped at 10. Movement that changes no code is free.
+    """
+
+    help = "a proximal step after the optimizer's; movement within a code is free"
+    default_lambda = 0.1
+
+    def kept(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        codes = {name: layer.weight_quant.codes(layer.weight) for name, layer in self._layers(model)}
+        return {name: (c, torch.ones((), device=c.device)) for name, c in codes.items()}
+
+    @staticmethod
+    def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+        return [
+            (name, layer)
+            for name, layer in weight_layers(model)
+            if layer.weight.dim() == 4 and isinstance(layer.weight_quant, FakeQuant)
+        ]
+
+    def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
+        fisher, _ = fisher_of_gone_classes(model, task)
+        return fisher and {name: (f / f.mean().clamp(min=1e-30)).clamp(max=10) for name, f in fisher.items()}
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        return Penalty.penalty(self, model)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr_ratio: float) -> None:
+        strength = self.config.ll_lambda * lr_ratio
+        for name, layer in self._layers(model):
+            weight, quant = layer.weight, layer.weight_quant
+            former = self.former(name)
+            d = quant.to_codes(weight) - former
+            size = d.abs()
+            beyond = (size - 0.5).clamp(min=0) / (1 + strength * self.importance[name])
+            u = former + d.sign() * (size.clamp(max=0.5) + beyond)
+            moved = (beyond > 0) & (self.importance[name] > 0)
+            weight.copy_(torch.where(moved, quant.inverse(u, weight), weight))
