@@ -13,6 +13,7 @@ from lifequant.common.arguments import boolean, int_at_least, real, share
 from lifequant.losses import LOSSES
 from lifequant.quantizers.base import BIT_WIDTHS
 
+RESUME_JOB_DIR = "True"  # the value of --resume that means the run in job_dir
 REPLAY_RATE = 0.2  # the best of 10, 20 and 35 % in the paper
 
 

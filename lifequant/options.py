@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lifequant import presets, registry
-from lifequant.common.arguments import Parser
+from lifequant.common.arguments import FALSE, TRUE, Parser
 from lifequant.common.errors import UserError, closest
-from lifequant.config import DATA, METHOD, QUANT, RUN, TRAIN, Config
+from lifequant.config import DATA, METHOD, QUANT, RESUME_JOB_DIR, RUN, TRAIN, Config
 
 LIFEQUANT_NAMES = ("life_q", "lifeq")  # the original's two spellings of its quantizer, after --method
 CHOSEN_FIRST = ("method", "penalty", "quantizer", "act_quantizer")  # before their own flags are known
@@ -200,7 +200,7 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
         raise UserError(
             "--start_task T and --from RUN go together: the task to begin at, the run to take its state from"
         )
-    if given.get("resume") and given["resume"].lower() in ("false", "no"):
-        given["resume"] = None
+    if given.get("resume") and given["resume"].lower() in TRUE + FALSE:
+        given["resume"] = RESUME_JOB_DIR if given["resume"].lower() in TRUE else None
     given.setdefault("job_dir", str(Path("experiment") / f"{given['method']}_{given.get('bitW', 4)}bit"))
     return Config(**given, options=options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, nn
 
-from lifequant.checkpointing import checked, checkpoint
+from lifequant.checkpointing import checkpoint
 from lifequant.common.errors import UserError
 from lifequant.data.augment import normalize
 from lifequant.data.decode import as_pixels, decode
@@ -29,9 +29,8 @@ def load(job_dir: str | Path) -> nn.Module:
     if found is None:
         raise UserError(f"{path}: no such model; a run writes it at its end")
     state = checkpoint.read(found, "model")
-    config, names = checked.model_config(state, found), checked.model_classes(state, found)
-    size = checked.image_size(state, found)
-    with checked.loading(found, "config"):
+    config, names, size = checkpoint.network_of(state, found)
+    with checkpoint.fitting(found, "options"):
         model = build(config, len(names))
     checkpoint.load_strictly(found, model, state["model"])
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lifequant import train
 from lifequant.common.errors import UserError
-from lifequant.config import Config
+from lifequant.config import RESUME_JOB_DIR, Config
 
 
 def rungs(config: Config) -> list[Config]:
@@ -38,7 +38,7 @@ def folder(config: Config, bits: int) -> Path:
 
 def run(config: Config, notes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Run all rungs, one after the other; with --resume those that are finished are only read. Raises UserError."""
-    if config.resume and config.resume.lower() not in ("true", "yes"):
+    if config.resume and config.resume != RESUME_JOB_DIR:
         raise UserError("--bit_schedule is resumed by --resume without a path: job_dir has all of its rungs")
     found = []
     for index, rung in enumerate(rungs(config)):

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
+from lifequant import presets
 from lifequant.common.errors import UserError, closest
 
 _PACKAGES = {
@@ -102,8 +103,6 @@ def own_flags(kind: str, name: str) -> dict[str, argparse.Action]:
 
 def describe() -> str:
     """Methods, quantizers, models and presets, one a line: the name, what it is, its source."""
-    from lifequant import presets
-
     parts = []
     for kind in _PACKAGES:
         found = {name: _find(kind, name) for name in names(kind)}

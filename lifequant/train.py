@@ -240,6 +240,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         )
         if state:
             path = run_folder.resumed_from(config)
+            checkpoint.refuse_other_run(state, this.data_key, distributed.world_size(), path)
             this.load(state, path)
             if run_folder.moves(config):
                 run_folder.begin(config, path.parent, this.task_index)

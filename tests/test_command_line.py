@@ -16,7 +16,6 @@ from support.tiny import SIDE, Tiny, arguments, settings, train, write_csvs
 
 import lifequant
 from lifequant import options
-from lifequant import train as training
 from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint
 from lifequant.common.arguments import run_main
@@ -25,6 +24,7 @@ from lifequant.data import dataset
 from lifequant.data.create.replay import main_replay
 from lifequant.data.task_csv import read_rows
 from lifequant.models.build import build
+from lifequant.training import task_end
 
 ORIGINAL = [
     'main.py --csv_dir data/ --job_dir "experiment/ours/resnet/t_4bit_pre32bit" --method "ours" --source_dir "pretrained" '
@@ -237,7 +237,7 @@ def test_val_fraction_chooses_an_epoch(tiny, tmp_path, monkeypatch, capsys):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return [20.0, 60.0, 60.0, 10.0][len(seen) - 1]
 
-    monkeypatch.setattr(training, "validation_top1", top1)
+    monkeypatch.setattr(task_end, "validation_top1", top1)
     train(tiny, tmp_path / "run", method="original", num_tasks=1, num_epochs=4, val_fraction=0.25)
     found = checkpoint.read(tmp_path / "run" / "model_best.pt", "model")["model"]
     assert len(seen) == 4 and not torch.equal(seen[1]["fc.weight"], seen[2]["fc.weight"])

@@ -37,23 +37,26 @@ def resnet8(num_classes, scheme, shortcut="A"):
 """
 
 
+KINDS = ["method", "penalty", "quantizer", "model"]
+
+
 def test_list(capsys):
     """Every name is on a line of its own, with what it is behind it."""
     assert command(["--list"]) == 0
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line and not line.endswith(":")]
-    known = [*registry.names("method"), *registry.names("quantizer"), *registry.names("model"), *presets.names()]
+    known = [name for kind in KINDS for name in registry.names(kind)] + presets.names()
     assert sorted(name for name, _ in lines) == sorted(known)
     assert all(len(text) > 10 for _, text in lines)
 
 
-@pytest.mark.parametrize("kind", ["method", "quantizer", "model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_name_says_what_it_is(kind):
     for name in registry.names(kind):
         thing = registry.quantizer_class(name) if kind == "quantizer" else getattr(registry, kind)(name)
         assert (getattr(thing, "help", "") or thing.__doc__).strip(), name
 
 
-@pytest.mark.parametrize("kind", ["method", "quantizer", "model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_unknown_name(kind):
     wrong = registry.names(kind)[0] + "x"
     with pytest.raises(UserError, match=f"unknown {kind} '{wrong}'; did you mean '{wrong[:-1]}'"):
@@ -82,7 +85,7 @@ def test_other_packages(tmp_path):
     done = listed(environment, tmp_path)
     names = [line.split(None, 1)[0] for line in done.stdout.splitlines() if line]
     assert done.returncode == 0 and {"halved", "same", "resnet8", "ours", "lsq"} <= set(names), done.stderr
-    code = "from lifequant import checkpoint, options; \
+    code = "from lifequant import options; from lifequant.models.build import build; \
         c = options.make(method='halved', quantizer='same', target_model='resnet8', csv_dir='x'); \
         print(sum(p.numel() for p in build(c, 10).parameters() if p.dim() == 4))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)

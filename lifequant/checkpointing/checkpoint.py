@@ -1,36 +1,55 @@
-"""Checkpoints: one schema, a checksum, written whole or not at all, read as data only (weights_only).
+"""Checkpoints: one schema number, written whole or not at all, read as data only (weights_only).
 
-Two kinds. ``run``: everything that the rest of a run depends on, of checkpoint/last.pt (the one before it is
-checkpoint/previous.pt) and of checkpoint/task<t>.pt at each task's end. ``model``: a trained model, model_best.pt.
+There are two kinds. A ``run`` holds everything that the rest of a run depends on: checkpoint/last.pt (the one before it is
+checkpoint/previous.pt), and checkpoint/task<t>.pt at each task's end. A ``model`` is a trained model: model_best.pt.
 
-A file is torch.save's zip archive, whose comment is the SHA-256 of all before it: torch.load reads it as any other.
+A file is torch.save's zip archive. The archive has a CRC for each part of it, which finds a damaged file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-import re
-import struct
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from lifequant.checkpointing import checked
+from lifequant import options
 from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
 from lifequant.common.files import sync_folder
+from lifequant.common.safe_files import short
 from lifequant.config import Config
 from lifequant.data.augment import MEAN, STD
 
-SCHEMA = 2
+SCHEMA = 3
 LAST, PREVIOUS = "last.pt", "previous.pt"
-_COMMENT = re.compile(rb"sha256:([0-9a-f]{64})")
-_COMMENT_BYTES = 71
+LARGEST_IMAGE = 4096  # pixels a side
+REQUIRED = {
+    "run": {"config": dict, "data_key": list, "task_index": int, "step": int, "model": dict, "optimizer": dict,
+            "method": dict, "history": dict, "warnings": list},
+    "model": {"config": dict, "options": dict, "class_names": list, "preprocessing": dict, "model": dict},
+}  # fmt: skip
+NETWORK = (
+    "target_model",
+    "shortcut",
+    "quantizer",
+    "act_quantizer",
+    "bitW",
+    "abitW",
+    "first_last_bits",
+    "per_channel",
+    "layer_bits",
+    "seed",
+    "image_size",
+)  # fmt: skip  settings that make the network
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -40,12 +59,9 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def content(state: dict[str, Any]) -> memoryview:
-    """What a checkpoint's file holds."""
+    """The bytes of a checkpoint's file."""
     buffer = io.BytesIO()
     torch.save({"schema": SCHEMA, **state}, buffer)
-    buffer.seek(-2, io.SEEK_END)  # a zip archive ends with its comment's length (APPNOTE 4.3.16), and torch writes none
-    buffer.write(struct.pack("<H", _COMMENT_BYTES))
-    buffer.write(b"sha256:" + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     return buffer.getbuffer()
 
 
@@ -83,16 +99,25 @@ def _keep(path: Path, previous: Path) -> None:
         link.unlink(missing_ok=True)
 
 
-def is_intact(path: Path) -> bool | None:
-    """Whether a checkpoint's content is what was written; None where it has no checksum. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
-        while left > 0 and (part := file.read(min(left, 1 << 20))):
-            digest.update(part)
-            left -= len(part)
-        found = _COMMENT.fullmatch(file.read())
-    return None if found is None else found[1].decode() == digest.hexdigest()
+def is_intact(path: Path) -> bool:
+    """Whether the file is an archive as torch.save writes it, and each part of it what was written. Raises OSError.
+
+    Nothing in such an archive is compressed, so that a file takes no more memory than it has on disk.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            size = sum(member.file_size for member in members)
+            return stored and size <= path.stat().st_size and archive.testzip() is None
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ):  # what a damaged directory gives
+        return False
 
 
 def read_last(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
@@ -108,29 +133,66 @@ def read_last(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], P
         return state, previous
 
 
-def read(path: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint of that kind. Raises UserError for anything else."""
+def read(path: Path, kind: str) -> dict[str, Any]:
+    """A checkpoint of that kind, on the CPU. Raises UserError for anything else."""
     try:
-        checksum = is_intact(path)
-        if checksum is False:
+        if not is_intact(path):
             raise ValueError
-        checked.archive(path)
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception:  # what isn't a checkpoint makes torch.load raise errors of a dozen types
+    except Exception:  # for what isn't a checkpoint torch.load raises errors of a dozen types
+        raise UserError(f"{path}: not a checkpoint that can be read: it is damaged, or no checkpoint at all") from None
+    if not isinstance(state, dict) or state.get("kind") not in ("run", "model"):
+        raise UserError(f"{path}: not a {kind} checkpoint of LifeQuant's: use another file")
+    if state.get("schema") != SCHEMA:
         raise UserError(
-            f"{path}: not a checkpoint that can be read; it is broken, or not a checkpoint at all"
-        ) from None
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("kind") != kind:
-        what = state.get("kind") if isinstance(state, dict) else None
-        raise UserError(
-            f"{path}: not a {kind} checkpoint of schema {SCHEMA}"
-            + (f" (it is a {checked.shown(what)} checkpoint)" if what else "")
+            f"{path}: another version of LifeQuant wrote it (schema {short(state.get('schema'))}, this one has {SCHEMA}): "
+            "use that version, or train anew"
         )
-    if checksum is None:
-        raise UserError(f"{path}: it has lost its checksum, so it is broken")
-    return checked.content(state, path)
+    if state["kind"] != kind:
+        raise UserError(f"{path}: this is a {state['kind']} checkpoint, and a {kind} checkpoint is needed")
+    for name in REQUIRED[kind]:
+        if not isinstance(state.get(name), REQUIRED[kind][name]):
+            raise UserError(f"{path}: it has no {name}, which a {kind} checkpoint needs: use another file")
+    return state
+
+
+def to_device(state: Any, device: torch.device) -> Any:
+    """A state whose tensors are on ``device``."""
+    return tree_map_only(torch.Tensor, lambda value: value.to(device), state)
+
+
+@contextmanager
+def fitting(path: Path, what: str) -> Iterator[None]:
+    """Around what takes over ``what`` of a file: a misfit becomes a UserError that gives the reason.
+
+    Other errors pass: a device's error is not the file's fault.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    except RuntimeError as error:
+        reason = str(error)
+        if "state_dict" not in reason and "size" not in reason and "shape" not in reason:
+            raise
+    else:
+        return
+    raise UserError(
+        f"{path}: its {what} does not fit this run ({short(' '.join(reason.split()))}): use another checkpoint, or begin anew "
+        "(--reset)"
+    )
+
+
+def refuse_other_run(state: dict[str, Any], data_key: list[str], processes: int, path: Path) -> None:
+    """Raises UserError where a run's state is of other data or of another number of processes."""
+    if state.get("data_key") != data_key:
+        raise UserError(f"{path}: it was trained on other images or tasks than the task CSVs name now")
+    if state.get("processes") != processes:
+        raise UserError(
+            f"{path}: its run had {short(state.get('processes'))} processes, now there are {processes}: go on with as many"
+        )
 
 
 def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dict[str, Any]:
@@ -154,46 +216,66 @@ def find_model(path: Path) -> Path | None:
     return next((p for p in (path, other) if p.is_file()), None)
 
 
+def network_of(state: dict[str, Any], path: Path) -> tuple[Config, list[str], int]:
+    """(the settings that make the network, class names, image size) of a model checkpoint. Raises UserError.
+
+    Every setting is checked as the command line checks it.
+    """
+    with fitting(path, "content"):
+        given = {name: state["config"][name] for name in NETWORK if name in state["config"]}
+        own = {name: value for name, value in state["options"].items() if isinstance(value, int | float | str)}
+        names, size = list(state["class_names"]), state["preprocessing"]["image_size"]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names are not names")
+        if type(size) is not int or not 8 <= size <= LARGEST_IMAGE:
+            raise ValueError(f"image_size {size}")
+    try:
+        config = options.make(**given)
+    except UserError as error:
+        raise UserError(f"{path}: its settings make no network: {short(error)}") from None
+    return replace(config, options={**config.options, **own}), names, size
+
+
 def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) -> bool:
-    """Load a source model. True where its quantizers fit and were loaded with it; False where steps must be derived.
+    """Load a source model. True where its quantizers fit and were loaded with it; False where scales must be derived.
 
     Raises UserError where architecture or class count differ.
     """
     state = read(path, "model")
-    checked.model_config(state, path)
-    theirs, weights = state["config"], state["model"]
-    checked.finite(weights, path)
-    same = {"target_model": config.target_model, "shortcut": config.shortcut}
-    for name, ours in same.items():
-        if theirs.get(name) != ours:
-            raise UserError(f"{path}: its {name} is {theirs.get(name)}, this run's is {ours}")
-    checked.model_classes(state, path)
-    if len(state["class_names"]) != num_classes:
-        raise UserError(f"{path}: it has {len(state['class_names'])} classes, the data set has {num_classes}")
-    theirs = {"act_quantizer": theirs["quantizer"], "per_channel": False, "layer_bits": None, **theirs}
+    source, names, _ = network_of(state, path)
+    weights = state["model"]
+    for name in ("target_model", "shortcut"):
+        if getattr(source, name) != getattr(config, name):
+            raise UserError(f"{path}: its {name} is {getattr(source, name)}, this run's is {getattr(config, name)}")
+    if len(names) != num_classes:
+        raise UserError(f"{path}: it has {len(names)} classes, the data set has {num_classes}")
     quant = ("quantizer", "act_quantizer", "bitW", "abitW", "first_last_bits", "per_channel", "layer_bits")
-    if all(theirs[name] == getattr(config, name) for name in quant):
+    if all(getattr(source, name) == getattr(config, name) for name in quant):
         load_strictly(path, model, weights)
-        return True
-    load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)
-    return False
+        fits = True
+    else:
+        load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)
+        fits = False
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: its {name} holds NaN or infinity, since its run diverged: use another")
+    return fits
 
 
 def _of_quantizer(key: str) -> bool:
     return any(part in ("weight_quant", "act_quant") for part in key.split("."))
 
 
-def _form(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    return value.shape, value.dtype
-
-
 def load_strictly(path: Path, model: nn.Module, weights: dict[str, Any], partly: bool = False) -> None:
-    """Load; with ``partly`` the quantizers' own entries may lack. Raises UserError for any other misfit."""
+    """Load; with ``partly`` the quantizers' own entries may be missing. Raises UserError that names the first misfit."""
     ours = model.state_dict()
     for name, value in weights.items():
-        if name not in ours or not torch.is_tensor(value) or _form(ours[name]) != _form(value):
-            raise UserError(f"{path}: its {checked.shown(name)} does not fit this network")
-    lacking = [name for name in ours if name not in weights and not (partly and _of_quantizer(name))]
-    if lacking:
-        raise UserError(f"{path}: it has no {lacking[0]!r}, which this network needs")
+        if name not in ours or not torch.is_tensor(value):
+            raise UserError(f"{path}: its {short(name)} does not fit this network, which has no such tensor")
+        if (value.shape, value.dtype) != (ours[name].shape, ours[name].dtype):
+            theirs, needed = (f"{list(t.shape)} {t.dtype}" for t in (value, ours[name]))
+            raise UserError(f"{path}: its {name} is {theirs}, and this network's is {needed}")
+    missing = [name for name in ours if name not in weights and not (partly and _of_quantizer(name))]
+    if missing:
+        raise UserError(f"{path}: it has no {missing[0]}, which this network needs")
     model.load_state_dict(weights, strict=False)

@@ -13,7 +13,7 @@ from lifequant import registry
 from lifequant.checkpointing import checkpoint
 from lifequant.common import fault_injection, lock
 from lifequant.common.errors import UserError
-from lifequant.config import Config, free_names
+from lifequant.config import RESUME_JOB_DIR, Config, free_names
 
 PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
 LOCK = ".lock"
@@ -134,7 +134,7 @@ def _spare_sources(config: Config, job: Path) -> None:
 
 def resumed_from(config: Config) -> Path:
     """The checkpoint that --resume goes on with."""
-    if config.resume.lower() in ("true", "yes"):
+    if config.resume == RESUME_JOB_DIR:
         return Path(config.job_dir) / "checkpoint" / checkpoint.LAST
     path = Path(config.resume)
     return path / "checkpoint" / checkpoint.LAST if path.is_dir() else path
@@ -148,7 +148,7 @@ def moves(config: Config) -> bool:
 def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     path = resumed_from(config)
     there = path.is_file() or (path.name == checkpoint.LAST and path.with_name(checkpoint.PREVIOUS).is_file())
-    if not there and config.resume.lower() not in ("true", "yes"):
+    if not there and config.resume != RESUME_JOB_DIR:
         raise UserError(f"--resume {config.resume}: no checkpoint there")
     if moves(config) and _holds_run(job):
         raise UserError(f"--job_dir {job} holds another run than --resume {path}: choose another --job_dir")

@@ -52,7 +52,7 @@ class TrainingHooks:
         """Called after a task's last step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: anything that torch.load(weights_only=True) gives back."""
+        """What a resumed run needs: anything that torch gives back from a file that it reads as data only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -127,9 +127,7 @@ def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]
         run.writer.wait()
     now = {name: value.clone() for name, value in run.model.state_dict().items()}
     for task_index in range(run.num_tasks):
-        run.model.load_state_dict(
-            checkpoint.read(run_folder.task_file(run.config.job_dir, task_index), "run", run.device)["model"]
-        )
+        run.model.load_state_dict(checkpoint.read(run_folder.task_file(run.config.job_dir, task_index), "run")["model"])
         weights.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
         quants = {name: layer.weight_quant for name, layer in weight_layers(run.model)}
         steps.append(

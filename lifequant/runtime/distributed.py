@@ -21,17 +21,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError
-
-if TYPE_CHECKING:
-    from lifequant.config import Config
-    from lifequant.data.task import Batch
+from lifequant.config import RESUME_JOB_DIR, Config
+from lifequant.data.task import Batch
 
 T = TypeVar("T")
 
@@ -95,7 +93,7 @@ def follow(config: Config, scratch: str) -> Config:
     """The config of a process that isn't the first: its files go to ``scratch``, what it goes on from is the first's."""
     folder = Path(config.job_dir) / "checkpoint"
     resume = config.resume
-    if resume and resume.lower() in ("true", "yes"):
+    if resume == RESUME_JOB_DIR:
         resume = str(folder / "last.pt") if any((folder / n).is_file() for n in ("last.pt", "previous.pt")) else None
     return replace(config, job_dir=str(Path(scratch) / "run"), resume=resume, reset=False)
 

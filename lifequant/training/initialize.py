@@ -12,6 +12,7 @@ from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.qat.calibration import calibrate
+from lifequant.runtime import distributed
 from lifequant.training.run import Run
 
 CALIBRATION_IMAGES = 256
@@ -50,6 +51,7 @@ def prepare(run: Run) -> None:
                 callback.end_task(run.model, task)
             state["method"] = run.method.state_dict()
             state["penalty"] = None if run.penalty is run.method else run.penalty.state_dict()
+        checkpoint.refuse_other_run(state, run.data_key, distributed.world_size(), path)
         run.load(state, path)
         run.log.say(f"begun at task {data.ids[run.task_index]} with the state of {config.from_run}")
 

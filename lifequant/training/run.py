@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.checkpointing import checked, checkpoint, run_folder
+from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.checkpointing.async_writer import Writer
-from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.data.dataset import DataSet, data_key
 from lifequant.data.task import Batch, Task
@@ -95,7 +94,7 @@ class Run:
         self.old_class_share.copy_(task.old_classes.sum() / (task.old_classes | seen).sum())
         if self.teacher is not None and task.task_index > 0:
             self.writer.wait()
-            former = checkpoint.read(run_folder.task_file(self.config.job_dir, task.task_index - 1), "run", self.device)
+            former = checkpoint.read(run_folder.task_file(self.config.job_dir, task.task_index - 1), "run")
             self.teacher.load_state_dict(former["model"])
 
     def with_teacher(self, batch: Batch) -> Batch:
@@ -121,7 +120,7 @@ class Run:
             "method": self.method.state_dict(),
             "penalty": None if self.penalty is self.method else self.penalty.state_dict(),
             "ema": self.ema and self.ema.state_dict(),
-            "bounded": self.scales.limited_updates,
+            "limited_updates": self.scales.limited_updates,
             "oscillations": self.oscillations and self.oscillations.state_dict(),
             "sums": self.sums,
             "epoch_sums": self.epoch_sums,
@@ -133,28 +132,22 @@ class Run:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        if state["data_key"] != self.data_key:
-            raise UserError(f"{path}: it was trained on other images or tasks than the task CSVs name now")
-        if state["processes"] != distributed.world_size():
-            raise UserError(
-                f"{path}: its run had {state['processes']} processes, now there are {distributed.world_size()}: go on with as many"
-            )
-
+        """Take over what ``state`` gave; ``path`` is where it comes from. Raises UserError where it does not fit."""
         checkpoint.load_strictly(path, self.model, state["model"])
-        self.task_index, self.step, self.best = state["task_index"], state["step"], state["best"]
-        self.history, self.log.warnings = state["history"], list(state["warnings"])
+        with checkpoint.fitting(path, "content"):
+            self.task_index, self.step, self.best = state["task_index"], state["step"], state["best"]
+            self.history, self.log.warnings = state["history"], list(state["warnings"])
+            self.sums.copy_(state["sums"])
+            self.epoch_sums.copy_(state["epoch_sums"])
+            self.scales.limited_updates.copy_(state["limited_updates"])
         self.timer = Timer(self.history, self.timer.since)
-        self.sums.copy_(state["sums"])
-        self.epoch_sums.copy_(state["epoch_sums"])
-        with checked.loading(path, "optimizer's, method's or penalty's state"):
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.method.load_state_dict(state["method"])
-            if self.penalty is not self.method:
-                self.penalty.load_state_dict(state["penalty"])
-            self.scales.limited_updates.copy_(state["bounded"])
-            for name in ("ema", "oscillations"):
-                if state[name] is not None and getattr(self, name) is not None:
-                    getattr(self, name).load_state_dict(state[name])
-            with torch.no_grad():
-                if self.task_index or self.step:
-                    self.penalty.penalty(self.model)  # what doesn't fit fails here, not in the midst of training
+        parts = {"optimizer": self.optimizer, "ema": self.ema, "oscillations": self.oscillations, "method": self.method}
+        if self.penalty is not self.method:
+            parts["penalty"] = self.penalty
+        for name, part in parts.items():
+            if part is not None and state.get(name) is not None:
+                with checkpoint.fitting(path, f"{name}'s state"):
+                    part.load_state_dict(checkpoint.to_device(state[name], self.device))
+        if self.task_index or self.step:
+            with torch.no_grad(), checkpoint.fitting(path, "penalty's state"):
+                self.penalty.penalty(self.model)  # what doesn't fit fails here, and not in mid-training
