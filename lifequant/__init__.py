@@ -7,7 +7,7 @@ model for a loop of your own; ``lifequant.registry`` has methods, penalties, qua
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 _MODULE_OF = {
@@ -22,4 +22,9 @@ def __getattr__(name: str) -> Any:
     """Imports what is asked for at its first use, so that ``lifequant --help`` need not wait for torch."""
     if name in _MODULE_OF:
         return getattr(import_module(_MODULE_OF[name]), name)
+    if name == "__version__":
+        try:
+            return metadata.version("lifequant")
+        except metadata.PackageNotFoundError:
+            return "not installed"  # a bare clone
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

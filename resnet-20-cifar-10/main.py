@@ -11,4 +11,4 @@ except ModuleNotFoundError:  # a clone that was not installed
 from lifequant.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -39,7 +39,7 @@ def test_bare_copy(copy, tmp_path):
     hidden = run(["-c", "import lifequant"], tmp_path)
     assert hidden.returncode != 0 and "ModuleNotFoundError" in hidden.stderr
     main = str(copy / "resnet-20-cifar-10" / "main.py")
-    by_file, by_module = run([main, "--help"], tmp_path), run(["-m", "lifequant", "--help"], copy)
+    by_file, by_module = run([main, "--help"], tmp_path), run(["-m", "lifequant", "train", "--help"], copy)
     assert by_file.returncode == by_module.returncode == 0, by_file.stderr + by_module.stderr
     assert by_file.stdout == by_module.stdout and "--ll_method" in by_file.stdout and by_file.stderr == ""
     wrong = run([main, "--csv_dri", "x"], tmp_path)

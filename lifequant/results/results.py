@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import lifequant
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
 from lifequant.common.files import TOP
@@ -186,7 +186,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "images_per_second": run.timer.images_per_second(),
         "warnings": run.log.warnings,
         "skipped_steps": history.get("skipped", {}).get("steps", 0),
-        "versions": {"torch": torch.__version__, "lifequant": metadata_version(), "commit": commit()},
+        "versions": {"torch": torch.__version__, "lifequant": lifequant.__version__, "commit": commit()},
     }
 
 
@@ -219,13 +219,6 @@ def read(folder: Path) -> dict[str, Any] | None:
         return schema.read(folder / "results.json", schema.TABLE)
     except FileNotFoundError:
         return None
-
-
-def metadata_version() -> str:
-    try:
-        return metadata.version("lifequant")
-    except metadata.PackageNotFoundError:  # a bare clone
-        return "not installed"
 
 
 def commit() -> str | None:

@@ -17,7 +17,7 @@ from lifequant.data.task_csv import choose_prefix, choose_tasks, csv_name, read_
 
 def main_counts(argv: Sequence[str]) -> int:
     """count_classes.py: prints a table, writes reweight_0.json, ... beside the CSVs. Raises UserError."""
-    parser = Parser(prog="count_classes.py", description="Count each task's classes and write their weights.")
+    parser = Parser(description="Count each task's classes and write their weights.")
     parser.add_argument("--data_dir", default=".", help="folder that has the task CSVs")
     parser.add_argument("--data_csv", "--output_csv", metavar="NAME.csv", help="the data set, where there are several")
     parser.add_argument("--num_tasks", type=int_at_least(1), help="tasks to count (default: all)")

@@ -48,7 +48,7 @@ class ImageSet:
 
 def main_prepare(argv: Sequence[str]) -> int:
     """prepare_images.py. Raises UserError."""
-    parser = Parser(prog="prepare_images.py", description="Write train/<class>/0001.png and test/<class>/0001.png.")
+    parser = Parser(description="Write train/<class>/0001.png and test/<class>/0001.png.")
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="what to write")
     parser.add_argument("--out", required=True, help="folder for train/ and test/")
     parser.add_argument("--source", help="CIFAR without a network: cifar-10-python.tar.gz, or a folder that has it")

@@ -19,7 +19,7 @@ from lifequant.data.task_csv import Rows, choose_prefix, choose_tasks, csv_name,
 
 def main_replay(argv: Sequence[str]) -> int:
     """replayDataGenerator.py: writes ``<prefix>_replay0.csv``, ... beside the training CSVs. Raises UserError."""
-    parser = Parser(prog="replayDataGenerator.py", description="Sample the replay images of each task.")
+    parser = Parser(description="Sample the replay images of each task.")
     parser.add_argument("--data_dir", default=".", help="folder that has the task CSVs")
     parser.add_argument("--data_csv", "--output_csv", metavar="NAME.csv", help="the data set, where there are several")
     parser.add_argument("--num_tasks", type=int_at_least(1), help="tasks to sample (default: all)")

@@ -67,7 +67,7 @@ def main_tasks(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="lifeLongDataGeneator.py", description="Write the task CSVs of a folder of images.")
+    parser = Parser(description="Write the task CSVs of a folder of images.")
     parser.add_argument("--data_dir", required=True, help="folder that has train/<class>/* and test/<class>/*")
     parser.add_argument(
         "--output_csv", required=True, metavar="NAME.csv", help="the data set's name, first in all files"

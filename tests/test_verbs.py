@@ -1,0 +1,49 @@
+"""One command line: verbs, flags alone, and what is printed without a network or a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from support.tiny import arguments, settings
+
+import lifequant
+from lifequant.__main__ import VERBS, command
+from lifequant.common.arguments import run_main
+
+
+def test_overview(capsys):
+    """All verbs on one screen of 80 columns, before torch is imported."""
+    code = "import sys, lifequant.__main__ as m; m.command(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert all(any(line.split()[:1] == [verb] for line in lines) for verb in VERBS)
+    assert run_main(command, []) == 0 and capsys.readouterr().out == done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help(verb, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lifequant"])
+    assert find_spec(VERBS[verb][0].split(":")[0])
+    with pytest.raises(SystemExit) as end:
+        command([verb, "--help"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: lifequant")
+
+
+def test_verbs_and_flags(tiny, tmp_path, capsys):
+    """``train`` and flags alone are the same; a mistyped verb names the nearest one."""
+    flags = arguments(settings(tiny, tmp_path / "run", method="original", num_tasks=1))
+    assert run_main(command, flags) == 0
+    assert run_main(command, ["train", *flags, "--resume"]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert run_main(command, ["list"]) == 0 and "ours" in capsys.readouterr().out
+    assert run_main(command, ["--version"]) == 0 and lifequant.__version__ in capsys.readouterr().out
+    assert run_main(command, ["tarin"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "lifequant: error: unknown verb 'tarin'; did you mean 'train'? (lifequant --help lists them)\n"
+    )
