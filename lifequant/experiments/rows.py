@@ -14,6 +14,11 @@ from lifequant.config import free_names
 from lifequant.experiments.compare import MEMORY, mean_shift
 from lifequant.results.table import not_b_bit
 
+try:
+    from scipy import stats
+except ImportError:
+    raise UserError("reports need scipy: pip install 'lifequant[plot]'") from None
+
 IGNORED = frozenset({"seed", "start_task"})  # a run forked at task 1 is the same, bit for bit, as one run alone
 LEVEL = 0.05  # two-sided
 
@@ -205,43 +210,22 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def paired_t_test(differences: Sequence[float]) -> float:
     """p, two-sided, of Student's t-test that the differences' mean is 0; 1 where fewer than two are there."""
-    n = len(differences)
-    if n < 2:
+    if len(differences) < 2:
         return 1.0
-    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    if spread == 0:
-        return 0.0 if mean else 1.0
-    return student_p(mean / (spread / math.sqrt(n)), n - 1)
-
-
-def student_p(t: float, freedom: int) -> float:
-    """P(|T| > |t|) for whole degrees of freedom: the finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= cosine**2 * (k - 1) / k
-    inside = (angle + sine * total) * 2 / math.pi if odd else sine * total
-    return max(0.0, 1 - inside)
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """1 for the least; equal values share the mean of their ranks."""
-    order = sorted(values)
-    return [order.index(v) + (order.count(v) + 1) / 2 for v in values]
+    if len(set(differences)) == 1:
+        return 0.0 if differences[0] else 1.0
+    return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float] | None:
     """(rho, the ends of its 95 % interval by Fisher's z with Bonett and Wright's standard error); None where undefined."""
     if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    rho = statistics.correlation(ranks(x), ranks(y))
+    rho = float(stats.spearmanr(x, y).statistic)
     if abs(rho) > 1 - 1e-12:
         return math.copysign(1.0, rho), -1.0, 1.0
-    wide = statistics.NormalDist().inv_cdf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
-    return rho, math.tanh(math.atanh(rho) - wide), math.tanh(math.atanh(rho) + wide)
+    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
+    return rho, math.tanh(math.atanh(rho) - half_width), math.tanh(math.atanh(rho) + half_width)
 
 
 def shift_and_forgetting(title: str, rows: Sequence[Row]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+import pandas as pd
 
 from lifequant.experiments.compare import number
 from lifequant.experiments.rows import (
@@ -152,27 +152,21 @@ def paired(table: Table) -> list[str]:
 
 def csv_text(found: Sequence[Table]) -> str:
     """All tables as one: means and standard deviations apart, to six digits."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    metrics = (*SCORES, *COSTS)
-    columns = [f"{metric.name}_{kind}" for metric in metrics for kind in ("mean", "std")]
-    best = [f"{metric.name}_best" for metric in SCORES]
     about = ("dataset", "method", "quantizer", "bitW", "abitW", "num_epochs")
-    writer.writerow(["table", "row", *about, "n", "seeds", *columns, *best, "not_b_bit"])
+    lines = []
     for table in found:
-        bests = [table.best(metric) for metric in SCORES]
+        best = {metric.name: table.best(metric) for metric in SCORES}
         for row in table.rows:
-            numbers: list[str] = []
-            for metric in metrics:
+            line: dict[str, Any] = {"table": table.name, "row": row.label}
+            line |= {name: row.first.config.get(name) for name in about}
+            line |= {"n": len(row.runs), "seeds": " ".join(str(run.seed) for run in row.runs)}
+            for metric in (*SCORES, *COSTS):
                 values = list(row.values(metric).values())
-                numbers.append(f"{statistics.fmean(values):.6g}" if values else "")
-                numbers.append(f"{statistics.stdev(values):.6g}" if len(values) > 1 else "")
-            config = row.first.config
-            said = ["" if config.get(name) is None else config[name] for name in about]
-            seeds = " ".join(str(run.seed) for run in row.runs)
-            marks = [int(one is row) for one in bests]
-            writer.writerow([table.name, row.label, *said, len(row.runs), seeds, *numbers, *marks, row.exceeds])
-    return out.getvalue()
+                line[f"{metric.name}_mean"] = f"{statistics.fmean(values):.6g}" if values else None
+                line[f"{metric.name}_std"] = f"{statistics.stdev(values):.6g}" if len(values) > 1 else None
+            line |= {f"{name}_best": int(one is row) for name, one in best.items()}
+            lines.append(line | {"not_b_bit": row.exceeds})
+    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
 
 
 def escaped(text: str) -> str:
