@@ -1,14 +1,18 @@
-"""Where a folder is looked for, which names are admitted, and how files are written: whole or not at all."""
+"""Finding folders, checking names, writing files whole or not at all, and locking a file for one process."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lifequant.common.errors import UserError, one_line
+from lifequant.common.safe_files import open_regular
 
 _PARENT = Path(__file__).resolve().parents[2]
 TOP = _PARENT if (_PARENT / "pyproject.toml").is_file() else None  # top of the clone; None in an installed wheel
@@ -89,3 +93,36 @@ def write_all(files: Mapping[Path, str | bytes]) -> None:
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def lock(path: Path, busy: Callable[[str], None]) -> Iterator[str]:
+    """Hold the lock file ``path``. The system lifts the lock when the process dies.
+
+    Where another process holds it, ``busy(owner)`` is called once: it raises, or returns to wait. Yields the former owner
+    if it died with the lock, else "". The owner is named in a file beside ``path``, since Windows lets nobody read a locked
+    file. Both files are removed at the end. Raises OSError where the folder can't be written.
+    """
+    held, note = FileLock(path), path.with_name(f"{path.name}.owner")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        busy(_read_owner(note) or "another process")
+        held.acquire()
+    try:
+        former = _read_owner(note)
+        note.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield former
+    finally:
+        note.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows: it is open
+            path.unlink(missing_ok=True)  # a process that waits for this file sees that it is gone and makes another
+        held.release()
+
+
+def _read_owner(note: Path) -> str:
+    try:
+        with open_regular(note, 1000) as file:
+            return one_line(file.read().decode("utf-8", "replace"))
+    except (OSError, UserError):
+        return ""

@@ -11,14 +11,12 @@ import hashlib
 import io
 import math
 import os
-import secrets
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,15 +25,10 @@ from tqdm import tqdm
 
 from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
-from lifequant.common.lock import held
+from lifequant.common.files import lock
 from lifequant.common.safe_files import open_regular, stats_inside
 from lifequant.data.decode import decode, quiet
 from lifequant.data.image_storage import map_images
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _FORMAT = 2  # of the cached file; another one is another key
 _AHEAD = 64  # decoded images that may wait to be written, beside one a core
@@ -70,8 +63,8 @@ def load_images(
         return images
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = cached.with_name(f"{cached.name}.lock")
-        with held(lock, lambda owner: say(f"waiting for {owner} to finish decoding")):
+        waiting = lambda owner: say(f"waiting for {owner} to finish decoding")  # noqa: E731
+        with lock(cached.with_name(f"{cached.name}.lock"), waiting):
             images = _open(cached, shape, mapped)  # by whom we have waited for
             if images is None:
                 with closing(_decoded(root, paths, size, say)) as decoded:
@@ -127,13 +120,12 @@ def _open(cached: Path, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
 
 
 def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Write ``images`` to the file ``cached``, whole or not at all. Raises OSError."""
-    _clear_left(cached.parent)
+    """Write ``images`` to the file ``cached``, whole or not at all. The caller holds its lock. Raises OSError."""
     header = _header(shape)
-    temporary = cached.with_name(f"{cached.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = cached.with_name(f"{cached.name}.part")
+    temporary.unlink(missing_ok=True)  # left by a build that was killed
     try:
         with temporary.open("xb") as file:
-            _lock(file)
             if shutil.disk_usage(cached.parent).free < len(header) + math.prod(shape):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             file.write(header)
@@ -145,26 +137,6 @@ def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -
         os.replace(temporary, cached)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Whether ``file`` is now this process's: as long as it lives, so that a killed one's files can be told."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):  # another process's, or no locks on this system
-        return False
-    return True
-
-
-def _clear_left(cache_dir: Path) -> None:
-    """Remove what killed builds have left."""
-    for left in cache_dir.glob("*.npy.*-*"):
-        try:
-            with open_regular(left, 2**62) as file:
-                if _lock(file):
-                    left.unlink(missing_ok=True)
-        except (OSError, UserError):  # gone meanwhile, or someone else's
-            pass
 
 
 def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], None]) -> Iterator[np.ndarray]:
