@@ -7,10 +7,10 @@ task; ``test`` and ``replay`` (no file over all tasks) likewise. Columns: image 
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,23 +112,9 @@ def _rows_of_text(path: Path) -> Iterator[list[str]]:
                 lines.left = _MOST_ROW
                 yield row
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text (byte {_not_utf8(path)})") from None
+        raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV ({error})") from None
-
-
-def _not_utf8(path: Path) -> int:
-    """The place of the first byte that isn't UTF-8 (a decoder of parts only knows its place in a part)."""
-    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
-    with open_regular(path, _MOST_BYTES) as file:
-        while part := file.read(2**16):
-            kept = len(decoder.getstate()[0])
-            try:
-                decoder.decode(part)
-            except UnicodeDecodeError as error:
-                return place - kept + error.start
-            place += len(part)
-    return place
 
 
 def read_rows(path: Path) -> Rows:
@@ -163,9 +149,7 @@ def read_rows(path: Path) -> Rows:
         rows.append((line[image], value))
     if not rows:
         raise UserError(f"{path}: no images")
-    seen: set[str] = set()
-    for image, _ in rows:
-        if image in seen:
-            raise UserError(f"{path}: {short(image)} is there more than once")
-        seen.add(image)
+    if len({image for image, _ in rows}) < len(rows):
+        twice = Counter(image for image, _ in rows).most_common(1)[0][0]
+        raise UserError(f"{path}: {short(twice)} is there more than once")
     return rows
