@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support.hostile import changed_bytes, changed_csv, changed_json, few, loads_or_refuses, refused
+from support.hostile import ODD, VALUES, changed_bytes, changed_csv, changed_json, few, loads_or_refuses, refused
 from support.tiny import SIDE, arguments, settings, write_csvs, write_images
 
 from lifequant import options
@@ -186,17 +186,36 @@ def folder(tmp_path_factory):
     return top, {**files, "dataset.json": json.dumps(record).encode()}
 
 
-@few
-@given(st.data())
-def test_folders_that_others_wrote(folder, data):
+def load(folder, name: str, content: bytes) -> None:
+    """Load ``folder`` as a run does, with another ``content`` of the file ``name``."""
     top, files = folder
-    name = data.draw(st.sampled_from(sorted(files)))
-    structured = changed_json if name == "dataset.json" else changed_csv
-    content = data.draw(structured(files[name]) | changed_bytes(files[name]))
     for file, whole in {**files, name: content}.items():
         (top / "csvs" / file).write_bytes(whole)
     config = options.make(csv_dir=top / "csvs", cache_dir=top / "cache", image_size=8, job_dir=top / "job")
     loads_or_refuses(lambda: dataset.load_dataset(config, torch.device("cpu"), lambda line: None))
+
+
+@pytest.mark.parametrize("row", ["{},0\n", "out/{},0\n", "train/0/0.png,{}\n"])
+def test_every_odd_cell(folder, row):
+    for odd in ODD:
+        quoted = '"' + odd.replace('"', '""') + '"' if set(odd) & set('",\r\n') else odd
+        load(folder, "x_train0.csv", ("image,label\n" + row.format(quoted)).encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize("key", ["name", "class_names", "image_root", "tasks", "counts"])
+def test_every_odd_value(folder, key):
+    for value in VALUES:
+        record = {**json.loads(folder[1]["dataset.json"]), key: value}
+        load(folder, "dataset.json", json.dumps(record).encode())
+
+
+@pytest.mark.parametrize("name", ["x_train0.csv", "x_replay1.csv", "dataset.json"])
+@few
+@given(data=st.data())
+def test_folders_that_others_wrote(folder, name, data):
+    files = folder[1]
+    structured = changed_json if name == "dataset.json" else changed_csv
+    load(folder, name, data.draw(structured(files[name]) | changed_bytes(files[name])))
 
 
 RECORD = {"schema": 1, "counts": {}, "name": "tiny"}
