@@ -177,7 +177,7 @@ def _checked(names: list[str]) -> list[str]:
 def digits(seed: int) -> ImageSet:
     """scikit-learn's 1,797 digits, 8x8 grey enlarged to 32x32 RGB; 20 % of each class to test, chosen by the seed."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # scikit-learn is optional
     except ImportError:
         raise UserError("the digits come with scikit-learn, which is missing: pip install lifequant[demo]") from None
     data = load_digits()

@@ -82,7 +82,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", help="folder for the CSVs (default: NAME_025 for a quarter, where you are)")
     parser.add_argument("--images_per_class", type=int_at_least(1), help="keep this many images of each class")
-    parser.add_argument("--lt_gamma", type=real(least=1), default=1.0, help="long tail: largest over smallest class")
+    parser.add_argument(
+        "--lt_gamma",
+        "--imbalance_ratio",
+        type=real(least=1),
+        default=1.0,
+        help="long tail: size of the largest training class over the smallest",
+    )
     parser.add_argument("--domains", help="domain tasks: folders of --data_dir, as webcam,dslr,amazon")
     args = parser.parse_args(argv)
     if args.domains is not None:
