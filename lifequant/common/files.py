@@ -19,7 +19,7 @@ TOP = _PARENT if (_PARENT / "pyproject.toml").is_file() else None  # top of the 
 
 
 def candidates(folder: str) -> list[Path]:
-    """Where ``folder`` is looked for: in the caller's folder, then at the clone's top, each with and without src/."""
+    """The paths that may be meant by ``folder``: in the working folder, then in the clone, each with and without src/."""
     given = Path(folder).expanduser()
     if given.is_absolute():
         return [given]
@@ -30,7 +30,7 @@ def candidates(folder: str) -> list[Path]:
 
 
 def find_folder(folder: str, flag: str, remedy: str) -> Path:
-    """The first of ``candidates(folder)`` that exists, resolved. Raises UserError that names all, and the remedy."""
+    """The first of ``candidates(folder)`` that exists, resolved. Raises UserError that names them all and the ``remedy``."""
     tried = candidates(folder)
     for path in tried:
         if path.is_dir():
@@ -55,7 +55,7 @@ def prepare_command(name: str, folder: str) -> str:
 
 
 def checked_name(name: str, folder: Path) -> str:
-    """``name`` of a class or an image in ``folder``, if it can stand in a CSV and on a terminal; raises UserError."""
+    """Return ``name``, of a class or an image in ``folder``. Raises UserError if a CSV or a terminal can't show it."""
     bad = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)  # Cs: bytes that aren't UTF-8
     if bad or name in ("", ".", "..") or "/" in name:
         raise UserError(f"{folder}: the name '{one_line(name)}' is not plain UTF-8 text: rename it")
@@ -63,7 +63,7 @@ def checked_name(name: str, folder: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """What was renamed in ``folder`` outlives a loss of power; nothing where the system can't promise that."""
+    """Make renames in ``folder`` survive a loss of power. Does nothing on systems that can't sync a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -73,9 +73,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_all(files: Mapping[Path, str | bytes]) -> None:
-    """Write all files, in this order, each by a temporary file that replaces it, once all contents are on disk.
+    """Write all files to temporary ones, then rename these in order.
 
-    What goes wrong (a full disk) leaves every file as it was.
+    An error before the renames (a full disk) leaves every file as it was.
     """
     temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
     try:

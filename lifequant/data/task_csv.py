@@ -1,4 +1,4 @@
-"""Task CSVs: how they are named, written, found and read.
+"""Naming, writing, finding and reading task CSVs.
 
 ``<prefix>_train.csv`` has each training image once, ``<prefix>_train0.csv``, ``<prefix>_train1.csv``, ... those of each
 task; ``test`` and ``replay`` (no file over all tasks) likewise. Columns: image (path relative to the data folder, with
@@ -85,7 +85,7 @@ def leaves_root(image: str) -> bool:
 
 
 class _Lines:
-    """A text file's lines for csv.reader, which would otherwise take a row of any length into memory."""
+    """A text file's lines for csv.reader. It stops at a long row: csv.reader would hold a row of any length in memory."""
 
     def __init__(self, file: io.TextIOBase) -> None:
         self.file, self.left = file, _MOST_ROW
@@ -118,7 +118,10 @@ def _rows_of_text(path: Path) -> Iterator[list[str]]:
 
 
 def read_rows(path: Path) -> Rows:
-    """A CSV's rows. Raises UserError, naming file and row, for what a CSV of images and labels can't hold."""
+    """A CSV's rows. Raises UserError that names file and row for anything that is no image with its label.
+
+    Python's csv reads row by row. pandas would first hold a hostile row whole, at ten times its bytes.
+    """
     lines = _rows_of_text(path)
     header = next(lines, [])
     for column in ("image", "label"):
