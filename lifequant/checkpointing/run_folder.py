@@ -11,8 +11,9 @@ from typing import Any
 
 from lifequant import registry
 from lifequant.checkpointing import checkpoint
-from lifequant.common import fault_injection, lock
+from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
+from lifequant.common.files import lock
 from lifequant.config import RESUME_JOB_DIR, Config, free_names
 
 PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
@@ -22,10 +23,9 @@ NEEDED_BYTES = 50_000_000  # a run of three tasks: its checkpoints and curves
 
 @contextlib.contextmanager
 def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """``job`` is this process's alone, by a lock on job_dir/.lock that the system lifts when the process dies, however.
+    """Keep ``job`` for this process alone, by a lock on job_dir/.lock that the system lifts when the process dies.
 
-    The file says whose it is. A folder made for it goes with it where nothing else came into it. Raises UserError where
-    another run has it.
+    A folder that was made for the lock is removed with it if it is still empty. Raises UserError if another run has it.
     """
     if job.exists() and not job.is_dir():
         yield
@@ -37,9 +37,9 @@ def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
     made = [folder for folder in (job, *job.parents) if not folder.exists()]
     job.mkdir(parents=True, exist_ok=True)
     try:
-        with lock.held(
-            job / LOCK, busy, lambda owner: say(f"--job_dir {job}: {owner} had it and has died; taken over")
-        ):
+        with lock(job / LOCK, busy) as dead:
+            if dead:
+                say(f"--job_dir {job}: {dead} had it and has died; taken over")
             yield
     finally:
         for folder in made:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lifequant.data.augment import crop_and_flip, normalize
+from lifequant.data.augment import crop_and_flip, load_batch, normalize
 from lifequant.data.image_storage import send, take
 
 
@@ -71,9 +71,8 @@ class Task:
         return take(self.images, rows, self.labels.device)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
-        x = self.take(rows)
-        return normalize(x) if x.dtype == torch.uint8 else x, self.labels[rows]
+        """(x, y) of these rows, not augmented."""
+        return load_batch(self.images, rows, self.labels.device), self.labels[rows]
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``batch`` of ``size`` rows after another: no more images at a time than that."""
