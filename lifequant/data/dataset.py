@@ -59,7 +59,7 @@ class DataSet:
         return sorted({*train, *self.test.labels[self.test_rows[task_index]].tolist()})
 
     def stored(self, tasks: int, config: Config) -> list[int]:
-        """Rows in train that are kept for replay after the first so many tasks."""
+        """Rows in train that are kept for replay after the first ``tasks`` tasks."""
         if (config.replay_rate == 0 and config.buffer_size is None) or tasks == 0:
             return []
         if self.replay_csv is not None and config.buffer_size is None:
@@ -104,7 +104,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     present = task_numbers(folder, prefix, "train")
     wanted = config.num_tasks or present[-1] + 1
     ids = range(wanted) if config.task_id is None else [config.task_id]
-    for task in ids:  # before any list of them, which a file name could make as long as it likes
+    for task in ids:  # before a list of them is made: one file name could make it endless
         if task not in present:
             flag = "--num_tasks" if config.task_id is None else "--task_id"
             raise UserError(
@@ -273,7 +273,7 @@ def _replay_csv(
 
 
 def data_key(data: DataSet) -> list[str]:
-    """Two hashes: of the images' names and labels and of the tasks; of the replay CSVs, which task 0 does not need."""
+    """Two hashes: one of the images' names, the labels and the tasks, one of the replay CSVs, which task 0 does not need."""
     tasks = (
         data.class_names,
         data.train.paths,
