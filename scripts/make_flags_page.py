@@ -40,7 +40,7 @@ def group_table(group: argparse._ArgumentGroup) -> str:
         text = (action.help or "") % {"default": action.default} if "%(" in (action.help or "") else action.help or ""
         if action.default not in (argparse.SUPPRESS, None, False) and "default" not in text:
             text += f" (default: {action.default})"
-        rows.append(f"| {names} | {values} | {text.replace('|', '/')} |".replace("|  |", "| |"))
+        rows.append(f"| {names} | {values} | {text.replace('|', '/').replace('<', '&lt;')} |".replace("|  |", "| |"))
     return "\n".join(rows)
 
 
@@ -48,9 +48,9 @@ def page() -> str:
     """The whole page."""
     parser, _ = build_parser()
     parts = [HEAD]
-    own = ("method ", "penalty ", "quantizer ")
+    own = {f"{kind} {name}" for kind in ("method", "penalty", "quantizer") for name in registry.names(kind)}
     for group in parser._action_groups[2:]:  # argparse's own two come first
-        if group._group_actions and not group.title.startswith(own):
+        if group._group_actions and group.title not in own:
             parts.append(f"\n## {group.title[0].upper()}{group.title[1:]}\n\n{group_table(group)}\n")
     parts.append(OWN)
     things = {"method": registry.method, "penalty": registry.penalty, "quantizer": registry.quantizer_class}
