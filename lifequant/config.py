@@ -74,116 +74,155 @@ DATA, METHOD, QUANT, TRAIN, RUN = "data", "method and its parts", "model and qua
 class Config:
     """Every setting of a run, resolved. ``options`` holds the method's and the quantizer's own flags."""
 
-    csv_dir: str = flag("data/", DATA, "folder of the task CSVs", path=True)
-    dataset: str | None = flag(None, DATA, "prefix of the task CSVs (default: the only one in csv_dir)")
-    data_dir: str | None = flag(None, DATA, "image root (default: dataset.json's, else data_dir/<prefix>)", path=True)
-    cache_dir: str | None = flag(
-        None, DATA, "decoded images are kept here (default: the user's cache folder)", path=True
+    csv_dir: str = flag("data/", DATA, "folder that holds the task CSVs", path=True)
+    dataset: str | None = flag(
+        None, DATA, "data set's name, which begins the CSVs' names (default: the only one there)"
     )
-    cache: str = flag("auto", DATA, "decoded images: held in memory, or read from their file batch by batch (mmap); "
-                      "auto: mmap where they take more than half of the memory available",
+    data_dir: str | None = flag(
+        None, DATA, "folder of the images (default: as dataset.json says, else data_dir/<data set>)", path=True
+    )
+    cache_dir: str | None = flag(None, DATA, "folder for decoded images (default: the user's cache folder)", path=True)
+    cache: str = flag("auto", DATA, "hold decoded images in memory, or read each batch from the file; auto: by the memory available",
                       choices=["memory", "mmap", "auto"], free=True)  # fmt: skip
-    num_tasks: int | None = flag(None, DATA, "tasks to run (default: as many as there are CSVs)", type=int_at_least(1))
-    task_id: int | None = flag(None, DATA, "run this task alone", type=int_at_least(0))
-    num_classes: int | None = flag(
-        None, DATA, "outputs of the head (default: as the data set has)", type=int_at_least(2)
+    num_tasks: int | None = flag(
+        None, DATA, "number of tasks to run (default: all that have CSVs)", type=int_at_least(1)
     )
-    image_size: int = flag(32, DATA, "images are scaled and cut to this many pixels a side", type=int_at_least(8))
-    augment: str = flag("auto", DATA, "training images: shifted by up to 4 pixels (crop), or a part of random size and shape "
-                        "scaled up (resized_crop), and mirrored; auto: crop up to 64 pixels a side",
+    task_id: int | None = flag(None, DATA, "run only this task", type=int_at_least(0))
+    num_classes: int | None = flag(
+        None, DATA, "number of outputs of the head (default: the data set's number of classes)", type=int_at_least(2)
+    )
+    image_size: int = flag(
+        32, DATA, "side of the images in pixels; images are scaled and cropped to it", type=int_at_least(8)
+    )
+    augment: str = flag("auto", DATA, "crop shifts images by up to 4 pixels, resized_crop scales up a random part; auto: by size",
                         choices=["auto", "crop", "resized_crop"])  # fmt: skip
     crop_scale: float = flag(
-        0.35, DATA, "resized_crop: the smallest part, as a share of the image's area (timm: 0.08)", type=share
+        0.35, DATA, "smallest part that resized_crop takes, as a share of the image's area (timm: 0.08)", type=share
     )
-    lt_gamma: float = flag(1.0, DATA, "long tail: imbalance ratio of the training classes", type=real(1))
-    val_fraction: float = flag(0.0, DATA, "share of the training images held out to choose an epoch", type=rate)
-    replay_rate: float | None = flag(None, DATA, "share of each old task's images stored, 0.2 or 20; 0: none "
-                                     "(default: the replay CSVs where present, else 0.2)", type=rate)  # fmt: skip
-    buffer_size: int | None = flag(None, DATA, "replay images in all, instead of a rate", type=int_at_least(1))
+    lt_gamma: float = flag(
+        1.0, DATA, "imbalance ratio: images of the largest over those of the smallest training class", type=real(1)
+    )
+    val_fraction: float = flag(
+        0.0, DATA, "share of the training images that is held out to choose the best epoch", type=rate
+    )
+    replay_rate: float | None = flag(None, DATA, "share of each old task's images to store, 0.2 or 20 (default: the replay CSVs, else 0.2)", type=rate)  # fmt: skip
+    buffer_size: int | None = flag(
+        None, DATA, "number of replay images in all, instead of --replay_rate", type=int_at_least(1)
+    )
 
-    method: str = flag("ours", METHOD, "lifelong method (or life_q: the quantizer proxq, the method by --ll_method)")
-    ll_method: str | None = flag(None, METHOD, "lifelong method, where --method names a quantizer")
+    method: str = flag(
+        "ours", METHOD, "lifelong method; life_q means the quantizer proxq with the method of --ll_method"
+    )
+    ll_method: str | None = flag(None, METHOD, "lifelong method, for when --method names a quantizer")
     preset: str | None = flag(
         None,
         METHOD,
-        "settings kept as data; paper: ours to the letter of the paper; tuned: the best that a search found",
+        "paper: ours to the letter of the paper; tuned: the best settings that a search found",
         choices=presets.names(),
     )
-    balanced: bool | None = switch(None, METHOD, "False: ours with plain cross entropy and uniform sampling")
+    balanced: bool | None = switch(None, METHOD, "False trains ours with plain cross entropy and uniform sampling")
     loss: str = flag("", METHOD, "task loss (default: the method's)", choices=list(LOSSES))
-    sampler: str = flag(
-        "", METHOD, "how training images are drawn (default: the method's)", choices=["uniform", "ball"]
+    sampler: str = flag("", METHOD, "how to draw training images (default: the method's)", choices=["uniform", "ball"])
+    penalty: str = flag("", METHOD, "penalty instead of the method's own, or none (default: the method's)")
+    ll_lambda: float | None = flag(
+        None, METHOD, "strength of the penalty (default: the penalty's own)", "--lambda", type=real(0)
     )
-    penalty: str = flag("", METHOD, "penalty, or none (default: the method's)")
-    ll_lambda: float | None = flag(None, METHOD, "strength of the penalty (default: its own)", "--lambda", type=real(0))
-    distill: float = flag(0.0, METHOD, "distillation from the former task's quantized model: its weight", type=real(0))
-    distill_temperature: float = flag(2.0, METHOD, "distillation's temperature", type=real(above=0))
+    distill: float = flag(
+        0.0, METHOD, "weight of the distillation from the former task's quantized model", type=real(0)
+    )
+    distill_temperature: float = flag(2.0, METHOD, "temperature of the distillation", type=real(above=0))
     ema: float = flag(
-        0.0, METHOD, "moving average of the weights, which is evaluated: its decay, as 0.99", type=below_one
+        0.0,
+        METHOD,
+        "decay of a moving average of the weights, like 0.99; the average is what is evaluated",
+        type=below_one,
     )
-    head_epochs: int = flag(0, METHOD, "class-balanced epochs of the head alone at a task's end", type=int_at_least(0))
-    nme: bool = switch(False, METHOD, "report the nearest mean of exemplars' accuracy beside the head's")
+    head_epochs: int = flag(
+        0, METHOD, "class-balanced epochs that train the head alone at a task's end", type=int_at_least(0)
+    )
+    nme: bool = switch(False, METHOD, "also report the accuracy of the nearest mean of exemplars")
 
     arch: str = flag("resnet", QUANT, "family of networks; the network itself is --target_model", choices=["resnet"])
-    target_model: str = flag("resnet20", QUANT, "network: resnet20, resnet56 (a suffix _quant may follow)")
-    source_model: str | None = flag(None, QUANT, "the source's network; it must be the target's", free=True)
-    shortcut: str = flag("A", QUANT, "A: no weights; conv: the authors' quantized 1x1", choices=["A", "conv"])
-    quantizer: str = flag("", QUANT, "quantizer (default: proxq for ours, lsq for the others)")
-    act_quantizer: str = flag("", QUANT, "quantizer of the activations (default: the same)")
-    bitW: int = flag(4, QUANT, "bits of the weights", type=int_at_least(1), choices=BIT_WIDTHS)
-    abitW: int = flag(0, QUANT, "bits of the activations (default: bitW)", type=int_at_least(1), choices=BIT_WIDTHS)
-    first_last_bits: int = flag(
-        8, QUANT, "bits of the first and last layer below 32", type=int_at_least(1), choices=BIT_WIDTHS
+    target_model: str = flag("resnet20", QUANT, "network: resnet20 or resnet56; the ending _quant may follow")
+    source_model: str | None = flag(
+        None, QUANT, "network of --source_file; it must be the same as --target_model", free=True
     )
-    layer_bits: str | None = flag(None, QUANT, "other bits for some layers: layer3.*=8,fc=4/8 (weights/activations)",
+    shortcut: str = flag(
+        "A", QUANT, "A has no weights; conv is the authors' quantized 1x1 convolution", choices=["A", "conv"]
+    )
+    quantizer: str = flag("", QUANT, "quantizer of the weights (default: proxq for ours, lsq for the others)")
+    act_quantizer: str = flag("", QUANT, "quantizer of the activations (default: the same as the weights')")
+    bitW: int = flag(4, QUANT, "bit-width of the weights", type=int_at_least(1), choices=BIT_WIDTHS)
+    abitW: int = flag(
+        0, QUANT, "bit-width of the activations (default: --bitW)", type=int_at_least(1), choices=BIT_WIDTHS
+    )
+    first_last_bits: int = flag(
+        8,
+        QUANT,
+        "bit-width of the first and the last layer, where --bitW is below 32",
+        type=int_at_least(1),
+        choices=BIT_WIDTHS,
+    )
+    layer_bits: str | None = flag(None, QUANT, "other bit-widths for some layers, weights/activations: layer3.*=8,fc=4/8",
                                   type=layer_bits, metavar="PATTERN=BITS")  # fmt: skip
-    per_channel: bool = switch(False, QUANT, "a weight step for each output channel instead of one a tensor")
-    bit_schedule: tuple[int, ...] | None = flag(None, QUANT, "progressive bits: 32,8,4,2 trains task 0 at each width from the "
-                                                "width before, all tasks at the last", type=bits_list, metavar="BITS")  # fmt: skip
-    bn_reestimate: int = flag(0, QUANT, "batches that BatchNorm's statistics are estimated anew from at a task's end",
+    per_channel: bool = switch(
+        False, QUANT, "learn one weight scale for each output channel instead of one for the tensor"
+    )
+    bit_schedule: tuple[int, ...] | None = flag(None, QUANT, "progressive bits, like 32,8,4,2: task 0 at each width, all tasks at the last", type=bits_list, metavar="BITS")  # fmt: skip
+    bn_reestimate: int = flag(0, QUANT, "training batches from which to estimate BatchNorm's statistics anew at a task's end",
                               type=int_at_least(0), metavar="BATCHES")  # fmt: skip
-    track_oscillations: bool = switch(False, QUANT, "report how many weights oscillate between two codes (Nagel 2022)")
-    freeze_oscillating: float | None = flag(None, QUANT, "freeze weights that oscillate more often than this share of steps, "
-                                            "as 0.02 (Nagel 2022)", type=below_one, metavar="SHARE")  # fmt: skip
-    pretrained: bool | None = switch(None, QUANT, "start from --source_file (default: where it is given)", free=True)
-    source_dir: str = flag("", QUANT, "folder that --source_file is relative to", path=True)
-    source_file: str | None = flag(None, QUANT, "a model to start from", path=True)
+    track_oscillations: bool = switch(
+        False, QUANT, "report how many weights oscillate between two codes (Nagel et al. 2022)"
+    )
+    freeze_oscillating: float | None = flag(None, QUANT, "freeze weights that oscillate in more than this share of steps, like 0.02", type=below_one, metavar="SHARE")  # fmt: skip
+    pretrained: bool | None = switch(
+        None, QUANT, "start from --source_file (default: True if that is given)", free=True
+    )
+    source_dir: str = flag("", QUANT, "folder that contains --source_file", path=True)
+    source_file: str | None = flag(None, QUANT, "model to start from", path=True)
 
-    num_epochs: int = flag(50, TRAIN, "epochs a task", type=int_at_least(1))
-    train_batch_size: int = flag(128, TRAIN, "images a step", type=int_at_least(2))
-    eval_batch_size: int = flag(100, TRAIN, "images a batch in evaluation", type=int_at_least(1))
-    lr: float = flag(0.04, TRAIN, "learning rate at its highest", type=real(above=0))
-    step_lr: float = flag(0.1, TRAIN, "learning rate of step sizes, as a share of --lr", type=real(0))
-    sched: str = flag("", TRAIN, "learning rate over a task (default: cosine; multistep where --lr_decay_step[s] is given)",
+    num_epochs: int = flag(50, TRAIN, "number of epochs for each task", type=int_at_least(1))
+    train_batch_size: int = flag(128, TRAIN, "images in a training step", type=int_at_least(2))
+    eval_batch_size: int = flag(100, TRAIN, "images in a batch of the evaluation", type=int_at_least(1))
+    lr: float = flag(0.04, TRAIN, "highest learning rate", type=real(above=0))
+    step_lr: float = flag(0.1, TRAIN, "learning rate of the quantizers' scales, as a share of --lr", type=real(0))
+    sched: str = flag("", TRAIN, "learning rate over a task (default: cosine, or multistep with --lr_decay_step[s])",
                       choices=["multistep", "cosine", "onecycle", "constant"])  # fmt: skip
-    warmup_epochs: float = flag(0.0, TRAIN, "epochs of linear warm-up", type=real(0))
-    lr_gamma: float = flag(0.1, TRAIN, "multistep: factor at each decay", type=real(above=0))
-    lr_decay_step: int | None = flag(None, TRAIN, "multistep: decay every so many epochs", type=int_at_least(1))
-    lr_decay_steps: tuple[int, ...] | None = flag(None, TRAIN, "multistep: decay after these epochs, 10,20 or 10 20",
+    warmup_epochs: float = flag(0.0, TRAIN, "number of epochs of linear warm-up", type=real(0))
+    lr_gamma: float = flag(0.1, TRAIN, "multistep: factor of the learning rate at each decay", type=real(above=0))
+    lr_decay_step: int | None = flag(None, TRAIN, "multistep: epochs between two decays", type=int_at_least(1))
+    lr_decay_steps: tuple[int, ...] | None = flag(None, TRAIN, "multistep: decay after these epochs, like 10,20 or 10 20",
                                                   nargs="+", type=epochs_list, metavar="EPOCH")  # fmt: skip
-    optimizer: str = flag("sgd", TRAIN, "sgd, adam or adamw", choices=["sgd", "adam", "adamw"])
-    momentum: float = flag(0.9, TRAIN, "momentum of sgd; adam and adamw have none", type=real(0))
-    weight_decay: float = flag(1e-4, TRAIN, "weight decay (none on step sizes)", type=real(0))
-    seed: int = flag(0, TRAIN, "rules everything random", type=int_at_least(0))
+    optimizer: str = flag("sgd", TRAIN, "optimizer", choices=["sgd", "adam", "adamw"])
+    momentum: float = flag(0.9, TRAIN, "momentum of sgd; adam and adamw do not use it", type=real(0))
+    weight_decay: float = flag(1e-4, TRAIN, "weight decay; the quantizers' scales have none", type=real(0))
+    seed: int = flag(0, TRAIN, "seed of everything random", type=int_at_least(0))
 
-    job_dir: str = flag("", RUN, "folder of the run (default: experiment/<method>_<bitW>bit)", path=True)
-    resume: str | None = flag(None, RUN, "go on with the run in job_dir, or with a checkpoint", nargs="?", const="True",
+    job_dir: str = flag("", RUN, "folder for the run's files (default: experiment/<method>_<bitW>bit)", path=True)
+    resume: str | None = flag(None, RUN, "continue the run in job_dir, or from the checkpoint PATH", nargs="?", const="True",
                               metavar="PATH", path=True)  # fmt: skip
-    reset: bool = switch(False, RUN, "clear job_dir first", path=True)
-    start_task: int = flag(0, RUN, "begin at this task with the state of --from", type=int_at_least(0))
-    from_run: str | None = flag(None, RUN, "the run that --start_task takes its state from", "--from", path=True)
-    test_only: bool = switch(False, RUN, "evaluate job_dir's model, or --source_file's; train nothing", free=True)
-    device: str = flag("auto", RUN, "auto, cpu or cuda", choices=["auto", "cpu", "cuda"], free=True)
-    gpus: int = flag(0, RUN, "index of the GPU, where there is one", nargs="+", type=int_at_least(0), free=True)
-    amp: str = flag("off", RUN, "bf16: convolutions in bfloat16 in training, for GPUs; quantizers stay in float32",
+    reset: bool = switch(False, RUN, "clear job_dir before the run", path=True)
+    start_task: int = flag(
+        0, RUN, "begin at this task, with the state that the run --from had there", type=int_at_least(0)
+    )
+    from_run: str | None = flag(
+        None, RUN, "folder of the run that --start_task takes its state from", "--from", path=True
+    )
+    test_only: bool = switch(False, RUN, "only evaluate the model in job_dir, or --source_file", free=True)
+    device: str = flag(
+        "auto", RUN, "where to train; auto takes the GPU if there is one", choices=["auto", "cpu", "cuda"], free=True
+    )
+    gpus: int = flag(0, RUN, "index of the GPU to use", nargs="+", type=int_at_least(0), free=True)
+    amp: str = flag("off", RUN, "bf16 trains convolutions in bfloat16, for GPUs; quantizers stay in float32",
                     choices=["off", "bf16"])  # fmt: skip
-    deterministic: bool = switch(False, RUN, "deterministic algorithms alone, for the same bits again on a GPU")
-    compile: str = flag("auto", RUN, "torch.compile: auto compiles long runs", nargs="?", const="on",
+    deterministic: bool = switch(
+        False, RUN, "use only deterministic algorithms, so that a GPU gives the same bits again"
+    )
+    compile: str = flag("auto", RUN, "torch.compile; auto compiles long runs", nargs="?", const="on",
                         choices=["auto", "on", "off"])  # fmt: skip
-    checkpoint_seconds: float = flag(300.0, RUN, "seconds between checkpoints", type=real(0), free=True)
-    on_nan: str = flag("stop", RUN, "a step whose loss, gradient or weights are NaN or infinite: stop with the state of before, "
-                       "or skip the step", choices=["stop", "skip"], free=True)  # fmt: skip
-    print_freq: int = flag(50, RUN, "steps between readings of the loss", type=int_at_least(1), free=True)
+    checkpoint_seconds: float = flag(300.0, RUN, "seconds between two checkpoints", type=real(0), free=True)
+    on_nan: str = flag("stop", RUN, "what to do at a step that is NaN or infinite: stop at the state before it, or skip it", choices=["stop", "skip"], free=True)  # fmt: skip
+    print_freq: int = flag(50, RUN, "steps between two readings of the loss", type=int_at_least(1), free=True)
 
     options: Mapping[str, Any] = field(default_factory=dict)
 

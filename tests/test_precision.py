@@ -85,6 +85,7 @@ def test_quantizers_compute_in_float32(name):
 
 def test_amp_takes_the_convolutions_alone():
     """Under autocast convolutions give bfloat16, what they take are quantized values, gradients are float32."""
+    torch.manual_seed(0)
     quantizer = registry.quantizer("lsq")
     net = registry.model("resnet20")(5, Scheme(quantizer, quantizer))
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -1,66 +1,103 @@
-"""What the README shows: its examples run, its lists are whole."""
+"""What README and docs show: their examples run, their lists are whole, their links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from support.tiny import train
 
 from lifequant import registry
+from lifequant.__main__ import VERBS
 from lifequant.config import Config
+from lifequant.losses import LOSSES
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def example(file: str) -> str:
-    """The code block that follows the mention of a file."""
-    found = re.search(rf"`{re.escape(file)}`:\n\n```python\n(.*?)```", README, re.DOTALL)
-    assert found, file
-    return found.group(1)
+TOP = Path(__file__).resolve().parents[1]
+README = (TOP / "README.md").read_text(encoding="utf-8")
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OWN_FILE = re.compile(r"`(lifequant/\w+/\w+\.py)`:\n\n```python\n(.*?)```", re.DOTALL)
 
 
-def lines_of_code(text: str) -> int:
-    """Neither blank nor the module's docstring."""
-    return sum(bool(line.strip()) for line in text.splitlines()[1:])
+def blocks(page: Path) -> list[str]:
+    """The Python examples of a page that stand for themselves: neither a new file of the package, nor marked no-run."""
+    text = page.read_text(encoding="utf-8")
+    files = {code for _, code in OWN_FILE.findall(text)}
+    return [code for kind, code in FENCE.findall(text) if kind == "python" and code not in files]
 
 
-@pytest.mark.parametrize(
-    ("file", "kind", "name"),
-    [("lifequant/methods/l2.py", "method", "l2"), ("lifequant/quantizers/maxabs.py", "quantizer", "maxabs")],
-)
-def test_example(file, kind, name, tiny, tmp_path, monkeypatch):
-    """As a file of the package would: it registers itself, and two tasks train with it."""
-    for every in ("method", "quantizer", "model"):
-        registry.names(every)
+EXAMPLES = [(page, number, code) for page in PAGES for number, code in enumerate(blocks(page))]
+NEW_FILES = [found for page in PAGES for found in OWN_FILE.findall(page.read_text(encoding="utf-8"))]
+
+
+def test_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize(("page", "code"), [pytest.param(p, c, id=f"{p.stem}{n}") for p, n, c in EXAMPLES])
+def test_example_runs(page, code):
+    exec(compile(code, str(page), "exec"), {})
+
+
+@pytest.mark.parametrize(("file", "code"), [pytest.param(f, c, id=Path(f).stem) for f, c in NEW_FILES])
+def test_new_file(file, code, tiny, tmp_path, monkeypatch):
+    """As a file of the package would, it registers itself, and two tasks train with it."""
+    for kind in registry._registered:
+        registry.names(kind)
     monkeypatch.setattr(registry, "_registered", {k: dict(v) for k, v in registry._registered.items()})
-    code = example(file)
     exec(compile(code, file, "exec"), {})
+    kind, name = Path(file).parent.name.removesuffix("s").replace("penaltie", "penalty"), Path(file).stem
     found = train(tiny, tmp_path / "run", **{"method": "replay", kind: name})
     assert found["config"][kind] == name
-    if kind == "method":
+    assert all(entry["codes"] <= 2 ** entry["bits"] for entry in found["max_codes_per_tensor"].values())
+    if name == "l2":
         assert found["memory_bytes"]["reference"] > 4 * 268_000
-        assert f"A method of {lines_of_code(code)} lines" in README
-    else:
-        assert all(entry["codes"] <= 2 ** entry["bits"] for entry in found["max_codes_per_tensor"].values())
-        assert f"One of {lines_of_code(code)} lines" in README
+
+
+def test_all_kinds_have_an_example():
+    assert {Path(file).parent.name for file, _ in NEW_FILES} == {"methods", "penalties", "quantizers"}
 
 
 def test_lists_are_whole():
-    """Names as --list has them; every flag is in a table or in --help's own words."""
-    assert registry.describe() in README
-    table = set(re.findall(r"`--(\w+)", README))
-    told = {
-        "method",
-        "quantizer",
-        "act_quantizer",
-        "layer_bits",
-        "per_channel",
-        "bit_schedule",
-        "distill",
-        "ema",
-        "nme",
-    }
-    told |= {"head_epochs", "bn_reestimate", "track_oscillations", "freeze_oscillating", "penalty", "loss", "sampler"}
-    assert told <= table and told <= set(Config.__dataclass_fields__)
+    """README names everything that is registered, every preset and every verb."""
+    for kind in ("method", "penalty", "quantizer", "model"):
+        assert all(f"`{name}`" in README for name in registry.names(kind)), kind
+    assert all(f"`{verb}`" in README for verb in [*VERBS, "paper", "tuned"])
+
+
+def test_flags_that_people_use_exist():
+    text = (TOP / "docs" / "workflow.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"`--(\w+)", text[text.index("## Flags") :]))
+    assert table <= {*Config.__dataclass_fields__, "help"}
+    assert all(f"`{loss}`" in text for loss in LOSSES)
+
+
+def test_flags_page_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOP / "scripts"))
+    monkeypatch.delitem(sys.modules, "make_flags_page", raising=False)
+    import make_flags_page
+
+    wanted = (TOP / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert make_flags_page.page() == wanted, "run python scripts/make_flags_page.py"
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of a page's headings."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links(page):
+    """Relative links lead to files, and their anchors to headings."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
