@@ -27,7 +27,7 @@ from lifequant.common.arguments import run_main
 from lifequant.models.resnet import ResNet
 from lifequant.registry import quantizer_class
 from lifequant.results import results
-from lifequant.training import history
+from lifequant.training import history, task_end
 
 METHODS = registry.names("method")
 PAIRS = [(name, registry.method(name).defaults["quantizer"]) for name in METHODS]
@@ -184,17 +184,20 @@ ALL_PARTS = {
 }  # fmt: skip
 
 
+WITH_PENALTY = {
+    "proxq_function": ALL_PARTS,
+    "proxq_step": {"val_fraction": 0.25, "ema": 0.9, "optimizer": "adamw"},
+    "proxq_published": {"buffer_size": 8, "warmup_epochs": 1, "lr": 0.005, "optimizer": "adam"},
+}
+
+
 @pytest.mark.parametrize(
     "more",
-    [
-        {"penalty": "proxq_function", **ALL_PARTS},
-        {"penalty": "proxq_step", "val_fraction": 0.25, "ema": 0.9},
-        {"penalty": "proxq_published", "buffer_size": 8, "warmup_epochs": 1, "lr": 0.005},
-    ],
+    [{"penalty": name, **WITH_PENALTY.get(name, {})} for name in registry.names("penalty") if name != "proxq"],
     ids=lambda more: more["penalty"],
 )
 def test_resume_with_other_parts(more, tiny, whole, tmp_path, monkeypatch):
-    """Held-out images choose an epoch; the penalties that hold other state."""
+    """Every penalty but the default one of ours, with switches and optimizers that hold state of their own."""
     more = {**more, "num_epochs": 2, "method": "ours", "quantizer": "proxq"}
     interrupted(tiny, tmp_path / "run", monkeypatch, (history, "step_sums", 14), **more)
     same_runs(tmp_path / "run", whole(**more))
@@ -202,7 +205,7 @@ def test_resume_with_other_parts(more, tiny, whole, tmp_path, monkeypatch):
 
 def test_resume_keeps_the_best_epoch(tiny, tmp_path, monkeypatch):
     """Killed in the second epoch of each task, the first one being best."""
-    monkeypatch.setattr(training, "validation_top1", lambda *args: 50.0)
+    monkeypatch.setattr(task_end, "validation_top1", lambda *args: 50.0)
     more = {"method": "replay", "num_epochs": 2, "val_fraction": 0.25}  # 3 steps an epoch, then 4
     train(tiny, tmp_path / "whole", **more)
     for step in (5, 12):

@@ -9,10 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
 from lifequant.data.task_csv import choose_prefix, choose_tasks, csv_name, read_rows
+from lifequant.losses import rebalancing_weights
 
 
 def main_counts(argv: Sequence[str]) -> int:
@@ -27,7 +30,7 @@ def main_counts(argv: Sequence[str]) -> int:
     prefix = choose_prefix(folder, args.data_csv)
     num_tasks = choose_tasks(folder, prefix, args.num_tasks)
     counts = [Counter(label for _, label in read_rows(folder / csv_name(prefix, "train", t))) for t in range(num_tasks)]
-    weights = [rebalancing_weights(count) for count in counts]
+    weights = [weights_of(count) for count in counts]
     write_all({folder / f"reweight_{task}.json": json.dumps(w, indent=1) + "\n" for task, w in enumerate(weights)})
 
     print(f"task CSVs: {one_line(folder / prefix)}_train0.csv to {num_tasks - 1}")
@@ -39,10 +42,8 @@ def main_counts(argv: Sequence[str]) -> int:
     return 0
 
 
-def rebalancing_weights(counts: dict[int, int]) -> dict[str, float]:
-    """r_j = 1 / (K p_j + 1) of each class j present, p_j its share of the images, K the number of classes [U].
-
-    [U] is the authors' published code (Liu et al., ICCV 2023); a class that is absent would have r = 1.
-    """
-    total = sum(counts.values())
-    return {str(label): 1 / (len(counts) * n / total + 1) for label, n in sorted(counts.items())}
+def weights_of(counts: dict[int, int]) -> dict[str, float]:
+    """{label: rebalancing weight} of the classes present."""
+    labels = sorted(counts)
+    weights = rebalancing_weights(torch.tensor([counts[label] for label in labels], dtype=torch.float64))
+    return {str(label): weight for label, weight in zip(labels, weights.tolist(), strict=True)}
