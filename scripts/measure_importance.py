@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lifequant import options
 from lifequant.methods import importance
 from lifequant.models.build import build
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 
 TOLERANCE = 1e-9
 
@@ -47,7 +47,7 @@ def main() -> int:
     model = build(options.make(method="ours", quantizer="lsq", bitW=4, abitW=4), 10)
     x = torch.randn(args.images, 3, 32, 32).to(memory_format=torch.channels_last)
     y = torch.randint(10, (args.images,))
-    calibrate(model, x)
+    calibrate_network(model, x)
     model.train()(x)  # BatchNorm statistics of this input
     net = importance.at_quantized_weights(model)
     rows = {"loop": 0, **{f"chunks of {size}": size for size in args.chunks}}

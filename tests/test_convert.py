@@ -140,7 +140,7 @@ def test_torchvision(name, convs, linears, relus, left):
 def test_user_errors():
     model, q = net()
     for wrong, words in {
-        "quantized already": lambda: quantize_model(q),
+        "already quantized": lambda: quantize_model(q),
         "no layer to quantize": lambda: quantize_model(nn.Sequential(nn.GELU(), nn.BatchNorm2d(3))),
         "eager nn.Module": lambda: quantize_model(torch.jit.script(nn.Linear(2, 2))),
         "weight_bits: 7": lambda: quantize_model(model, weight_bits=7),
@@ -370,7 +370,7 @@ def test_steps_against_a_pass_by_hand():
 
 def test_one_batch_as_in_the_training_code():
     """The same steps as calibrate() of the layers gives our own networks."""
-    from lifequant.qat.calibration import calibrate as of_layers
+    from lifequant.qat.calibration import calibrate_network as of_layers
 
     torch.manual_seed(0)
     family = registry.quantizer("lsq")

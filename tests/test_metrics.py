@@ -11,7 +11,7 @@ from lifequant import registry
 from lifequant.data.dataset import DataSet, Store
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.layers import QuantConv2d, QuantLinear
 
 # Task 1 is best one task after it was learned; task 2 was never learned.
@@ -123,7 +123,7 @@ def test_quantization_error_and_scores(name):
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
     labels = [0, 1, 2, 3, 2]
     model = OneLayer(name, 2)
-    calibrate(model, torch.randn(2, 3, 4, 4))
+    calibrate_network(model, torch.randn(2, 3, 4, 4))
     scores = evaluate(model, data_set(images, labels), batch_size=2)
 
     mean, std = np.array([[0.4914], [0.4822], [0.4465]]), np.array([[0.2470], [0.2435], [0.2616]])

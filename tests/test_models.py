@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lifequant import options, registry
 from lifequant.models.build import build
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.code_usage import code_counts
 from lifequant.qat.layers import fake_quants
 from lifequant.qat.packing import packed_model_bytes
@@ -89,7 +89,7 @@ def test_code_counts():
     """Of weights and of activations in eval mode; the network stays as it was."""
     model = network(quantizer="lsq")
     x = torch.randn(8, 3, 16, 16)
-    calibrate(model, x)
+    calibrate_network(model, x)
     model(3 * x + 1)  # statistics that are not this batch's
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     found = code_counts(model, x)
@@ -116,7 +116,7 @@ def test_calibrate(bits):
     seen: dict[str, Tensor] = {}
     for name, quant in fake_quants(model):
         quant.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, args[0].detach().clone()))
-    calibrate(model, torch.randn(8, 3, 16, 16))
+    calibrate_network(model, torch.randn(8, 3, 16, 16))
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()) and not model.training
     assert len(seen) == 40
     bound: dict[str, str] = {}

@@ -17,7 +17,7 @@ from lifequant import registry
 from lifequant.data.task import Task
 from lifequant.methods.base import LifelongMethod
 from lifequant.methods.importance import at_quantized_weights, conv_weights, per_batch, per_sample
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.layers import Scheme, quantized_weights
 
 CONVS = ("conv1", "conv2")
@@ -30,7 +30,7 @@ def network(quantizer: str = "proxq", bits: int = 4, per_channel: bool = False) 
     family = registry.quantizer(quantizer)
     model = SmallNet(Scheme(family, family, bits, bits, per_channel=per_channel))
     x = torch.randn(16, 3, 8, 8)
-    calibrate(model, x)
+    calibrate_network(model, x)
     model.train()(x)
     return model
 

@@ -14,7 +14,7 @@ from lifequant import registry
 from lifequant import train as training
 from lifequant.data.task import Task
 from lifequant.penalties.base import codes_and_scale
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.layers import QuantConv2d, QuantReLU, Scheme
 
 LINEAR = {"lsq", "lsqplus", "llsq", "proxq"}
@@ -89,7 +89,7 @@ def test_amp_takes_the_convolutions_alone():
     quantizer = registry.quantizer("lsq")
     net = registry.model("resnet20")(5, Scheme(quantizer, quantizer))
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    calibrate(net, x)
+    calibrate_network(net, x)
     seen: dict[str, torch.dtype] = {}
     for name, module in net.named_modules():
         if isinstance(module, QuantConv2d):

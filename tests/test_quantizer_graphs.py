@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from lifequant import registry
 from lifequant.losses import LOSSES
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.layers import Scheme, quantized_weights
 
 NAMES = registry.names("quantizer")
@@ -39,7 +39,7 @@ def test_compiles_whole(name):
     family = registry.quantizer(name)
     model = OneLayer(Scheme(family, family, 4, 4, per_channel=True))
     x, y = bell(8, 3, 6, 6), torch.arange(8) % 4
-    calibrate(model, x)
+    calibrate_network(model, x)
 
     torch.compiler.reset()  # else former tests count against the limit of recompilations
 
@@ -62,7 +62,7 @@ def test_gradient_of_each_sample(name):
     family = registry.quantizer(name)
     model = SmallNet(Scheme(family, family, 4, 4)).double()  # else rounding errors change a code
     x, y = bell(4, 3, 8, 8).double(), torch.arange(4)
-    calibrate(model, x)
+    calibrate_network(model, x)
     for _ in range(30):
         model(x)  # BatchNorm's statistics
     model.eval()
@@ -89,7 +89,7 @@ def test_losses_compile_whole():
     family = registry.quantizer("proxq")
     model = SmallNet(Scheme(family, family, 4, 4))
     x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
-    calibrate(model, x)
+    calibrate_network(model, x)
     counts = torch.tensor([3.0, 1, 9, 4, 2])
     guard = registry.penalty("proxq")(SimpleNamespace(ll_lambda=1.0))
     convolutions = {k: v for k, v in quantized_weights(model).items() if v.dim() == 4}

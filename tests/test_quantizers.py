@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.code_usage import code_counts
 from lifequant.qat.layers import Scheme
 from lifequant.quantizers.apot import powers_of_two
@@ -109,7 +109,7 @@ def test_uniform_exceeds_its_bits():
     family = registry.quantizer("uniform")
     model = SmallNet(Scheme(family, family, 2, 2))
     model.conv2.weight.data.copy_(bell(6, 4, 3, 3))
-    calibrate(model, x := bell(8, 3, 8, 8))
+    calibrate_network(model, x := bell(8, 3, 8, 8))
     quant, first, counts = code_counts(model, x)["conv2.weight_quant"]
     codes = quant.codes(model.conv2.weight)
     assert first == codes.min() < quant.qn and first + len(counts) - 1 == codes.max() > quant.qp

@@ -63,7 +63,10 @@ def load_images(
         return images
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        waiting = lambda owner: say(f"waiting for {owner} to finish decoding")  # noqa: E731
+
+        def waiting(owner: str) -> None:
+            say(f"waiting for {owner} to finish decoding")
+
         with lock(cached.with_name(f"{cached.name}.lock"), waiting):
             images = _open(cached, shape, mapped)  # another process may have written it meanwhile
             if images is None:

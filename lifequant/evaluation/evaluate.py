@@ -11,6 +11,7 @@ from lifequant.data.augment import load_batch
 from lifequant.data.dataset import DataSet, Store
 from lifequant.evaluation.metrics import hits
 from lifequant.qat.layers import no_rounding
+from lifequant.qat.modes import eval_mode
 from lifequant.runtime import distributed
 
 
@@ -27,11 +28,9 @@ class Scores:
 @torch.inference_mode()
 def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
     """float32 [len(rows), C], in eval mode, images not augmented."""
-    training = model.training
-    model.eval()
     parts = distributed.own(rows.split(batch_size))
-    found = {index: model(load_batch(store.images, part, rows.device)) for index, part in parts}
-    model.train(training)
+    with eval_mode(model):
+        found = {index: model(load_batch(store.images, part, rows.device)) for index, part in parts}
     return distributed.gathered(found, rows.device)
 
 

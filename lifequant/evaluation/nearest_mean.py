@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lifequant.data.augment import load_batch
 from lifequant.data.dataset import DataSet, Store
+from lifequant.qat.modes import eval_mode
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -30,14 +31,12 @@ def features(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     eval mode)."""
     parts: list[Tensor] = []
     handle = last_linear(model).register_forward_pre_hook(lambda module, args: parts.append(args[0].detach()))
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            model(batch)
+        with eval_mode(model):
+            for batch in batches:
+                model(batch)
     finally:
         handle.remove()
-        model.train(training)
     return torch.cat(parts)
 
 

@@ -1,8 +1,8 @@
-"""Step sizes set from data, layer after layer."""
+"""Set the quantizers' scales from data, layer after layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,13 +14,13 @@ from lifequant.quantizers.base import FakeQuant
 
 
 @contextmanager
-def watching_activations(model: nn.Module, watch) -> Iterator[None]:
-    """Inside, ``watch(name, quantizer, input)`` runs before every activation quantizer's forward."""
+def hook_activations(model: nn.Module, function: Callable[[str, FakeQuant, Tensor], None]) -> Iterator[None]:
+    """Inside, ``function(name, quantizer, input)`` runs before the forward pass of every activation quantizer."""
     handles = []
     for name, quant in fake_quants(model):
         if not name.endswith("weight_quant"):
             handles.append(
-                quant.register_forward_pre_hook(lambda module, args, name=name: watch(name, module, args[0]))
+                quant.register_forward_pre_hook(lambda module, args, name=name: function(name, module, args[0]))
             )
     try:
         yield
@@ -30,22 +30,26 @@ def watching_activations(model: nn.Module, watch) -> Iterator[None]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, x: Tensor) -> None:
-    """Set every step from the weights and one batch ``x``, layer after layer; BatchNorm uses the batch, keeps its state."""
+def calibrate_network(model: nn.Module, x: Tensor) -> None:
+    """Set every scale from the weights and from one batch of images ``x``, float [N, 3, H, W].
+
+    Each quantizer sees the output of layers that are quantized already. BatchNorm normalizes by the batch, and its running
+    statistics do not change. Raises UserError if a value is not finite.
+    """
     calibrate_weights(model)
-    with preserve_state(model), watching_activations(model, lambda name, quant, value: calibrate_one(quant, value)):
+    with preserve_state(model), hook_activations(model, lambda name, quant, value: calibrate_quantizer(quant, value)):
         model(x)
 
 
 @torch.no_grad()
 def calibrate_weights(model: nn.Module) -> None:
-    """Set the steps of all weights."""
+    """Set the scales of all weights."""
     for _, layer in weight_layers(model):
         if isinstance(layer.weight_quant, FakeQuant):
-            calibrate_one(layer.weight_quant, layer.weight)
+            calibrate_quantizer(layer.weight_quant, layer.weight)
 
 
-def calibrate_one(quant: FakeQuant, x: Tensor) -> None:
-    """Set one quantizer's step from ``x`` and note that it has been set."""
+def calibrate_quantizer(quant: FakeQuant, x: Tensor) -> None:
+    """Set one quantizer's scale from ``x`` and mark the quantizer as calibrated."""
     quant.calibrate(x)
     quant.calibrated = True

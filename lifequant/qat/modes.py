@@ -1,4 +1,4 @@
-"""A model's modes and buffers, for a time."""
+"""Change a model's train and eval modes for a while, and restore them."""
 
 from __future__ import annotations
 
@@ -12,38 +12,43 @@ from lifequant.qat.layers import fake_quants
 
 
 @contextmanager
-def preserve_state(model: nn.Module, train: bool = True) -> Iterator[None]:
-    """Inside, the model is in train mode (or as it is) without dropout; afterwards modes and buffers are as before.
-
-    A model in train mode keeps the mode of each of its modules, so that a frozen BatchNorm is one here, too. The buffers
-    of quantizers alone stay as they are then, for a calibration sets them.
-    """
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """On exit, every module is in its former mode (train or eval), also after an exception."""
     modes = [(module, module.training) for module in model.modules()]
-    own = {id(buffer) for _, quant in fake_quants(model) for buffer in quant.buffers()}
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if id(buffer) not in own}
-    if train and not model.training:
-        model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in kept:
-                    buffer.copy_(kept[name])
         for module, training in modes:
             module.training = training
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    """Inside, the model is in eval mode. On exit, every module is in its former mode."""
+    with preserve_modes(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
+
+
+@contextmanager
+def preserve_state(model: nn.Module, train: bool = True) -> Iterator[None]:
+    """Inside, the model runs without dropout; on exit, its modes and buffers have their former values.
+
+    With ``train``, a model in eval mode is in train mode inside. A model in train mode is not changed, so a BatchNorm that
+    was frozen stays frozen. The quantizers' buffers are not restored, because a calibration sets them.
+    """
+    quantizer_buffers = {id(buffer) for _, quant in fake_quants(model) for buffer in quant.buffers()}
+    former = {name: b.clone() for name, b in model.named_buffers() if id(b) not in quantizer_buffers}
+    with preserve_modes(model):
+        if train and not model.training:
+            model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in former:
+                        buffer.copy_(former[name])

@@ -11,7 +11,10 @@ from lifequant.quantizers.base import FakeQuant
 
 
 def packed_bytes(layer: QuantConv2d | QuantLinear) -> int:
-    """Bytes of the layer's weights at their bit-width, or at that which their codes need, the steps (float32) included."""
+    """Bytes of a layer's weights at their bit-width, and of their scales in float32.
+
+    A quantizer that exceeds its bits is counted with the bits that its codes need.
+    """
     quant = layer.weight_quant
     if not isinstance(quant, FakeQuant):
         return 4 * layer.weight.numel()
@@ -23,11 +26,11 @@ def packed_bytes(layer: QuantConv2d | QuantLinear) -> int:
 
 
 def packed_model_bytes(model: nn.Module) -> int:
-    """Weights at their bit-width; all else (BatchNorm, biases, steps) as float32."""
+    """Bytes of a model: weights at their bit-width, and everything else (BatchNorm, biases, scales) in float32."""
     layers = [layer for _, layer in weight_layers(model)]
-    inside = {id(layer.weight) for layer in layers} | {
+    packed = {id(layer.weight) for layer in layers} | {
         id(p) for layer in layers for p in layer.weight_quant.parameters()
     }
-    rest: Iterable[Tensor] = [p for p in model.parameters() if id(p) not in inside]
+    rest: Iterable[Tensor] = [p for p in model.parameters() if id(p) not in packed]
     buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     return sum(packed_bytes(layer) for layer in layers) + 4 * sum(t.numel() for t in [*rest, *buffers])

@@ -11,7 +11,7 @@ from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.evaluation.evaluate import evaluate
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.runtime import distributed
 from lifequant.training.run import Run
 
@@ -23,7 +23,7 @@ def prepare(run: Run) -> None:
     config, data = run.config, run.data
     first = data.task(0, config, run.method.joint)
     x, _ = first.batch(first.new_rows[torch.linspace(0, len(first.new_rows) - 1, CALIBRATION_IMAGES).long().unique()])
-    calibrate(run.model, x)
+    calibrate_network(run.model, x)
     if not run.method.joint and run.num_tasks > 1:
         with run.timer.within("evaluation"):
             run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
@@ -33,7 +33,7 @@ def prepare(run: Run) -> None:
             run.log.say(
                 f"source {path}: converted to {config.bitW}-bit weights and {config.abitW}-bit activations ({config.quantizer})"
             )
-            calibrate(run.model, x)
+            calibrate_network(run.model, x)
     if config.start_task:
         state = run_folder.fork(config, run.data_key)
         former = state["config"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant import registry
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.layers import Scheme
 
 
@@ -28,5 +28,5 @@ def small_net(name: str = "lsq", bits: int = 4, per_channel: bool = False) -> Sm
     family = registry.quantizer(name)
     model = SmallNet(Scheme(family, family, weight_bits=bits, per_channel=per_channel))
     if bits != 32:
-        calibrate(model, torch.randn(8, 3, 8, 8))
+        calibrate_network(model, torch.randn(8, 3, 8, 8))
     return model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lifequant import options, registry
 from lifequant.data.task import Batch, Task
 from lifequant.methods.base import LifelongMethod
-from lifequant.qat.calibration import calibrate
+from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.layers import Scheme
 from support.small_net import SmallNet
 
@@ -30,7 +30,7 @@ def network(kind: str = "lsq") -> nn.Module:
         family = registry.quantizer(kind.split()[0])
         model = SmallNet(Scheme(family, family, per_channel="per_channel" in kind)).double()
     x = torch.randn(16, 3, 8, 8).double()
-    calibrate(model, x)
+    calibrate_network(model, x)
     model.train()(x)
     return model
 

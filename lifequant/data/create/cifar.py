@@ -41,7 +41,8 @@ def read_cifar(
             extract_archive(archive, scratch)
             root = scratch
         elif archive.is_dir():
-            root = archive.parent if archive.resolve().name == official.base_folder else archive
+            folder = archive.resolve()
+            root = folder.parent if folder.name == official.base_folder else folder
         else:
             raise UserError(f"--source {archive}: no such file or folder; {hint}")
         try:
