@@ -5,11 +5,9 @@ only, and these are known without the images. The image root, which is another o
 """
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("lifequant") is None:  # a bare clone that was not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that was not installed
 
 from lifequant.common.files import write_all
 from lifequant.data import dataset_json

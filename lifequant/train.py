@@ -1,7 +1,7 @@
 """run(config): the task loop and THE training step.
 
-All that is random comes from a generator seeded by (seed, purpose, task, epoch or step), so a run's state is a place in
-it: the task and the number of steps done. A run that is killed and resumed draws what it would have drawn.
+All that is random comes from generators seeded by (seed, purpose, task, epoch or step). So the task and the number of steps
+done say where a run stands, and a run that is killed and resumed draws what it would have drawn.
 """
 
 from __future__ import annotations
@@ -155,9 +155,9 @@ def train_task(run: Run, task: Task) -> None:
 
 
 def save(run: Run, *first: Path) -> None:
-    """Write checkpoint/last.pt, after ``first``, in the background.
+    """Write the files ``first``, then checkpoint/last.pt, in the background.
 
-    TensorBoard's curves are on disk before it, so that none has a gap after a resumption.
+    TensorBoard's curves are on disk before, so that none has a gap after a resumption.
     """
     with run.timer.within("step"):
         stop_at_last_checkpoint(run)  # waits for the steps that a GPU has still to do, which is their time

@@ -3,10 +3,7 @@
 import sys
 from pathlib import Path
 
-try:
-    import lifequant  # noqa: F401
-except ModuleNotFoundError:  # a clone that was not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that was not installed
 
 from lifequant.__main__ import main
 

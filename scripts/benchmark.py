@@ -28,15 +28,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-if find_spec("lifequant") is None:  # a bare clone that was not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that was not installed
 
-import _contenders
-import _report
+from benchmarking import contenders, report
 from tqdm import tqdm
 
 from lifequant import registry
@@ -44,8 +41,8 @@ from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError, one_line
 
-WORKER = Path(_contenders.__file__)
-QUICK = {"rows": ",".join(_contenders.QUICK), "rounds": 3, "steps": 4}
+WORKER = Path(contenders.__file__)
+QUICK = {"rows": ",".join(contenders.QUICK), "rounds": 3, "steps": 4}
 USUAL = {"rows": "", "rounds": 7, "steps": 10}
 
 
@@ -135,10 +132,10 @@ def measure(workers: Sequence[Worker], args: Any) -> dict[str, list[float]]:
 def write(found: dict[str, Any], text: str, args: Any) -> None:
     """Print the tables; --growth measures its own first. The files that --json and --out name."""
     if args.growth:
-        import _growth
+        from benchmarking import growth
 
-        more, found["growth"] = _growth.growth(args.model, args.device)
-        text += ("\n" if found.get("rounds") else _report.heading(found["machine"], {}) + "\n\n") + more
+        more, found["growth"] = growth.growth(args.model, args.device)
+        text += ("\n" if found.get("rounds") else report.heading(found["machine"], {}) + "\n\n") + more
     print(text, flush=True)
     if args.json:
         run_folder.write_json(Path(args.json), found)
@@ -147,20 +144,20 @@ def write(found: dict[str, Any], text: str, args: Any) -> None:
 
 
 def benchmark(args: Any) -> None:
-    rows = _contenders.choose(args.rows.split(",")) if args.rows else _contenders.default_rows()
+    rows = contenders.choose(args.rows.split(",")) if args.rows else contenders.default_rows()
     workers = start_all(rows, args)
     try:
-        machine = _report.machine(args)
+        machine = report.machine(args)
         speeds = measure(workers, args)
     finally:
         for worker in workers:
             worker.stop()
     problems = {worker.row: worker.problem for worker in workers if worker.problem}
     ready = {worker.row: round(worker.start_seconds, 1) for worker in workers if worker.row in speeds}
-    found = _report.summary(speeds, problems, ready, machine, args)
-    write(found, _report.markdown(found), args)
+    found = report.summary(speeds, problems, ready, machine, args)
+    write(found, report.markdown(found), args)
     if args.picture and speeds:
-        _report.picture(found, Path(args.picture))
+        report.picture(found, Path(args.picture))
     failed = [row for row, problem in problems.items() if problem.startswith("failed")]
     if failed:
         raise UserError(f"{len(failed)} of {len(rows)} contenders failed: {', '.join(failed)} (the table says how)")
@@ -190,9 +187,9 @@ def main(argv: Sequence[str]) -> None:
             setattr(args, name, value)
     registry.model(args.model)  # a name that isn't known is said before anything starts
     if args.picture:
-        _report.check_picture(Path(args.picture))
+        report.check_picture(Path(args.picture))
     if args.growth and not args.rows:  # alone; with --rows or --quick besides
-        return write({"machine": _report.machine(args)}, "", args)
+        return write({"machine": report.machine(args)}, "", args)
     return benchmark(args)
 
 

@@ -15,11 +15,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("lifequant") is None:  # a bare clone that was not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that was not installed
 
 from lifequant import options, train
 from lifequant.common.arguments import Parser, real, run_main

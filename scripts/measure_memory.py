@@ -16,11 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("lifequant") is None:  # a bare clone that was not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that was not installed
 
 import numpy as np
 import torch

@@ -9,6 +9,7 @@ cd "$top"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$(dirname "$python")/lint-imports" --no-cache >/dev/null || "$(dirname "$python")/lint-imports" --no-cache
 # Two processes; the cores are shared out among them, for threads that outnumber cores cost more than they bring.
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}

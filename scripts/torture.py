@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import _results  # noqa: F401  (finds lifequant in a bare clone)
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that was not installed
 
 from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError
@@ -125,7 +125,7 @@ class Torture:
             code = self.ended(self.start(run, cache))
         if code != 0:
             return [f"exit code {code} of a run that nobody killed: {self.said()}"]
-        from _same import differences
+        from lifequant.experiments.same_runs import differences
 
         return differences(self.folder / run, self.folder / "straight")
 
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the moments")
     args = parser.parse_args(words[:cut])
     try:
-        import _same  # noqa: F401
+        import lifequant.experiments.same_runs  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"{error}: curves are compared by TensorBoard's reader: pip install 'lifequant[demo]'"

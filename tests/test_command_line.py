@@ -20,7 +20,7 @@ from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
-from lifequant.data import dataset
+from lifequant.data import dataset, image_root
 from lifequant.data.create.replay import main_replay
 from lifequant.data.task_csv import read_rows
 from lifequant.models.build import build
@@ -135,7 +135,7 @@ def test_image_root(tiny, tmp_path, monkeypatch):
     assert len(loaded(tiny, data_dir=None).train.paths) == 48
     folder = shutil.copytree(tiny.csvs, tmp_path / "csvs")
     (folder / "dataset.json").unlink()
-    monkeypatch.setattr(dataset, "TOP", tmp_path)
+    monkeypatch.setattr(image_root, "TOP", tmp_path)
     with pytest.raises(UserError, match=r"72 of 72 images are missing in .*data_dir/tiny.*prepare_images\.py"):
         loaded(tiny, csv_dir=folder, data_dir=None)
     shutil.copytree(tiny.images, tmp_path / "data_dir" / "tiny")

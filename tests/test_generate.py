@@ -146,7 +146,7 @@ def test_thinning(ten, here, capsys):
     every = [f"train/class9/{n:04d}.png" for n in range(1, 5)]
     assert paths[classes.index(9)] == every[lowest(every, [9] * 4, {9: 1}, 0, "long_tail")[0]]
     capsys.readouterr()
-    assert generate(ten, "test", lt_gamma=4, output_dir="tail") == 0
+    assert generate(ten, "test", imbalance_ratio=4, output_dir="tail") == 0
     assert "test images stay" in capsys.readouterr().out
     assert len(rows(here / "tail" / "x_test.csv")) == 20
     assert json.loads((here / "tail" / "dataset.json").read_text())["lt_gamma"] == 4

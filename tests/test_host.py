@@ -15,7 +15,7 @@ import lifequant
 from lifequant.common import files
 
 TOP = Path(lifequant.__file__).resolve().parents[1]
-GENERATE = "import sys; from lifequant.cli import run_main; from lifequant.generate import main_tasks as m; sys.exit(run_main(m))"
+GENERATE = "import sys; from lifequant.common.arguments import run_main; from lifequant.data.create.tasks import main_tasks as m; sys.exit(run_main(m))"
 CONVERT = (
     "import torch, lifequant; q = lifequant.quantize_model(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()));"
     "lifequant.calibrate(q, torch.rand(2, 3, 8, 8))"
@@ -113,5 +113,5 @@ def test_only_prepare_images_downloads():
         text = path.read_text()
         for word in ("urllib", "http.client", "requests", "socket", "torch.hub", "download=True", "download_url"):
             assert path.name in ("cifar.py", "distributed.py") or f"import {word}" not in text, (path, word)
-    text = (TOP / "lifequant" / "cifar.py").read_text()
+    text = (TOP / "lifequant" / "data" / "create" / "cifar.py").read_text()
     assert "tgz_md5" in text and "extractall" not in text and "extract(" not in text

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
+import math
 import statistics
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from scipy import stats
 
 from lifequant.common.arguments import run_main
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def report():
-    """The script; tests have a compare.py of their own, which other tests get back."""
-    names = ("compare", "report", "_rows", "_tables", "_pictures", "_results")
-    former = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module("report")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(former)
-
-
-@pytest.fixture(scope="module")
-def rows(report):
-    return sys.modules["_rows"]
+from lifequant.experiments import report, rows
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(report, monkeypatch):
+def without_pictures(monkeypatch):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
 
 
@@ -78,29 +55,30 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
     return {line["row"]: line for line in csv.DictReader(io.StringIO((folder / "table.csv").read_text()))}
 
 
-def refused(report, capsys, *argv: str) -> str:
+def refused(capsys, *argv: str) -> str:
     assert run_main(report.main, list(argv)) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     return said
 
 
-def test_against_references(rows):
-    """p, ranks and rho as scipy has them; the interval holds rho."""
-    for n in (2, 3, 4, 5, 8, 13):
-        a, b = [(7 * i) % 5 + 0.3 * i for i in range(n)], [(3 * i) % 4 + 0.1 for i in range(n)]
-        expected = stats.ttest_rel(a, b).pvalue
-        assert rows.paired_t_test([x - y for x, y in zip(a, b, strict=True)]) == pytest.approx(expected, rel=1e-9)
-    x, y = [3.0, 1.0, 1.0, 5.0, 4.0, 9.0], [2.0, 2.0, 1.0, 7.0, 3.0, 6.0]
+def test_against_closed_forms():
+    """Student's p at 1 and 2 degrees of freedom, Spearman's rho of ranks without ties; the interval holds rho."""
+    for pair in ([1.0, 4.0], [0.3, -0.1]):
+        t = statistics.fmean(pair) / (statistics.stdev(pair) / math.sqrt(2))
+        assert rows.paired_t_test(pair) == pytest.approx(1 - 2 / math.pi * math.atan(abs(t)), rel=1e-9)
+    three = [1.0, 2.5, 0.5]
+    t = statistics.fmean(three) / (statistics.stdev(three) / math.sqrt(3))
+    assert rows.paired_t_test(three) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
+    x, y = [3.0, 1.0, 2.0, 5.0, 4.0, 9.0], [2.0, 2.5, 1.0, 7.0, 3.0, 6.0]  # ranks 3 1 2 5 4 6 and 2 3 1 6 4 5
     rho, low, high = rows.spearman(x, y)
-    assert rho == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12) and -1 < low < rho < high < 1
+    assert rho == pytest.approx(1 - 6 * (1 + 4 + 1 + 1 + 0 + 1) / (6 * 35)) and -1 < low < rho < high < 1
     assert rows.spearman(x[:3], y[:3]) is None and rows.spearman(x, [1.0] * 6) is None
-    assert (
-        rows.paired_t_test([2.0]) == 1 and rows.paired_t_test([0.0, 0.0]) == 1 and rows.paired_t_test([1.0, 1.0]) == 0
-    )
+    constant = [rows.paired_t_test(values) for values in ([2.0], [0.0, 0.0], [1.0, 1.0])]
+    assert constant == [1, 1, 0]
 
 
-def test_means_and_bold(report, tmp_path, capsys):
+def test_means_and_bold(tmp_path, capsys):
     """Mean and deviation; bold at 4 bits, where the difference exceeds noise, and not at 2 bits, where it does not."""
     clear, noisy = {"a": [60, 61, 62], "b": [50, 52, 51]}, {"c": [60, 40, 50], "d": [49, 50, 48]}
     for bits, found in ((4, clear), (2, noisy)):
@@ -121,7 +99,7 @@ def test_means_and_bold(report, tmp_path, capsys):
         assert line["n"] == "3" and line["seeds"] == "0 1 2" and float(line["other_kB_mean"]) == 0.5
     assert [got[f"deep/{row}"]["average_accuracy_best"] for row in "abcd"] == ["1", "0", "0", "0"]
     assert "| `deep/a` | 3 | **61.00 ± 1.00** | 90.00 ± 0.00 | **19.00 ± 1.00** |" in text
-    p = stats.ttest_rel(clear["b"], clear["a"]).pvalue
+    p = rows.paired_t_test([b - a for a, b in zip(clear["a"], clear["b"], strict=True)])
     assert "Differences from `deep/a`, seed by seed" in text and f"| `deep/b` | 3 | -10.00 | {p:.3f} | " in text
     assert "- all rows: below 1 in 1 of 12 cases, from 0.25 to 3.00" in text
     assert "- `deep/a`: below 1 in 1 of 3 cases, from 0.25 to 3.00" in text
@@ -130,7 +108,7 @@ def test_means_and_bold(report, tmp_path, capsys):
     assert text.index("## 4 bits") < text.index("`deep/a`") < text.index("`deep/b`") < text.index("## 2 bits")
 
 
-def test_what_is_marked_and_chosen(report, tmp_path):
+def test_what_is_marked_and_chosen(tmp_path):
     """One seed: nothing in bold. More codes than 2^b: marked. Joint training never wins. --rows takes those alone."""
     write(tmp_path, "many", results(accuracy=70, codes=17, quantizer="apot"))
     write(tmp_path, "few|er", results(accuracy=20, lr=0.2))
@@ -147,30 +125,30 @@ def test_what_is_marked_and_chosen(report, tmp_path):
     assert list(table(tmp_path / "out")) == ["joint"]
 
 
-def test_refusals(report, tmp_path, capsys):
+def test_refusals(tmp_path, capsys):
     """What differs in anything but the seed is not averaged; what may differ is."""
     top = str(tmp_path)
-    assert "no results.json" in refused(report, capsys, top)
+    assert "no results.json" in refused(capsys, top)
     first = write(tmp_path, "a", results(0))
     forked = results(1, start_task=1, print_freq=7)
     forked["tasks"][1]["replay_images"] += 1  # which of the stored ones have a class of the task is the seed's
     second = write(tmp_path, "a", forked)
     assert run_main(report.main, [top]) == 0 and table(tmp_path)["a"]["n"] == "2"
-    assert "no such row; did you mean 'a'?" in refused(report, capsys, top, "--rows", "aa")
+    assert "no such row; did you mean 'a'?" in refused(capsys, top, "--rows", "aa")
     second.write_text(json.dumps(results(1, lr=0.3)))
-    said = refused(report, capsys, top)
+    said = refused(capsys, top)
     assert str(first) in said and str(second) in said and "lr differs (0.1, 0.3)" in said
     fewer = results(1)
     fewer["tasks"][1]["train_images"] = 19
     second.write_text(json.dumps(fewer))
-    assert "train_images a task differs ([20, 20], [20, 19])" in refused(report, capsys, top)
+    assert "train_images a task differs ([20, 20], [20, 19])" in refused(capsys, top)
     second.write_text(json.dumps(results(0)))
-    assert "both have seed 0" in refused(report, capsys, top)
+    assert "both have seed 0" in refused(capsys, top)
     second.write_text(json.dumps(results(1) | {"quantization_error": [["x"]]}))
-    assert "quantization_error" in refused(report, capsys, top)
+    assert "quantization_error" in refused(capsys, top)
 
 
-def test_same_settings_under_two_names(report, tmp_path):
+def test_same_settings_under_two_names(tmp_path):
     """Equal but for the seed: one row; with a seed in common: a row each."""
     write(tmp_path, "a", results(0))
     second = write(tmp_path, "b", results(1))
@@ -180,7 +158,7 @@ def test_same_settings_under_two_names(report, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is missing")
-def test_same_bytes(report, tmp_path, monkeypatch):
+def test_same_bytes(tmp_path, monkeypatch):
     """The same files from the same results wherever they lie, pictures included; no path of this machine in them."""
     monkeypatch.setattr(report, "find_spec", find_spec)
     written = []

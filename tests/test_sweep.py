@@ -13,15 +13,11 @@ import pytest
 from PIL import Image
 
 from lifequant.common.errors import UserError
+from lifequant.experiments import grid as grid_file
+from lifequant.experiments import result_files, same_runs, search, sweep
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
-import _grid  # noqa: E402
-import _same  # noqa: E402
-import _shown  # noqa: E402
-import search  # noqa: E402
-import sweep  # noqa: E402
 
 GRID = """
 [tasks]
@@ -105,23 +101,26 @@ def test_what_a_former_grid_has_shown_goes_where_its_run_is_kept(swept, tmp_path
     view = tmp_path / "view"
     shutil.copytree(folder / "out" / "grid", view)
     text = GRID.replace("replay_rate = 0.5", "replay_rate = 0.4")
-    runs = _grid.runs(_grid.read(write(tmp_path, text)), folder / "out", "grid")
+    runs = grid_file.runs_of_grid(grid_file.read_grid(write(tmp_path, text)), folder / "out", "grid")
     with pytest.raises(UserError, match="its run's folder is gone"):
-        _shown.clear_old(view, runs, tmp_path)
-    _shown.clear_old(view, runs, folder / "out")
+        result_files.clear_former_results(view, runs, tmp_path)
+    result_files.clear_former_results(view, runs, folder / "out")
     assert [path.parent.parent.name for path in view.rglob("results.json")] == ["replay"]
 
 
 def test_a_fork_is_the_run_alone(swept, images, tmp_path):
     """Every tensor, number and curve of the run whose task 0 was another's."""
     folder, _ = swept
-    runs = {run.name: run for run in _grid.runs(_grid.read(folder / "grid.toml"), folder / "out", "grid")}
+    runs = {
+        run.name: run
+        for run in grid_file.runs_of_grid(grid_file.read_grid(folder / "grid.toml"), folder / "out", "grid")
+    }
     fork = runs["more replay/seed0"]
     assert fork.flags["start_task"] == 1 and fork.after == (runs["replay/seed0"].folder,)
     text = GRID.replace('[rows.replay]\nmethod = "replay"\n', "")
     called(write(tmp_path, text), images, tmp_path / "out", "--jobs", "2")
     alone = tmp_path / "out" / "runs" / fork.folder.name
-    assert [d for d in _same.differences(fork.folder, alone) if not known(d)] == []
+    assert [d for d in same_runs.differences(fork.folder, alone) if not known(d)] == []
 
 
 def known(difference: str) -> bool:
@@ -166,7 +165,7 @@ def test_dry_run_writes_nothing(images, tmp_path):
 def test_lists_are_combined_and_excluded(tmp_path):
     text = GRID + '[exclude.slow]\nrow = "bad"\nbitW = [2, 4]\n'
     text = text.replace("[flags]", "[flags]\nbitW = [4, 2]\nseed = [0, 1]")
-    runs = _grid.runs(_grid.read(write(tmp_path, text)), tmp_path, "grid")
+    runs = grid_file.runs_of_grid(grid_file.read_grid(write(tmp_path, text)), tmp_path, "grid")
     assert [run.name for run in runs] == [
         f"{row}/bitW{bits}/seed{seed}" for seed in (0, 1) for row in ("replay", "more replay") for bits in (4, 2)
     ]
@@ -177,7 +176,7 @@ def test_the_key_is_of_what_decides(tmp_path):
     """Not of the place, of print_freq, nor of the row's name; but of the tasks, and of each flag."""
 
     def key(text: str, out: str = "a") -> str:
-        return _grid.runs(_grid.read(write(tmp_path, text)), tmp_path / out, "grid")[0].folder.name
+        return grid_file.runs_of_grid(grid_file.read_grid(write(tmp_path, text)), tmp_path / out, "grid")[0].folder.name
 
     same = [
         key(GRID),
@@ -206,7 +205,7 @@ def test_the_key_is_of_what_decides(tmp_path):
 )
 def test_mistakes(tmp_path, change, line):
     with pytest.raises(UserError) as error:
-        _grid.runs(_grid.read(write(tmp_path, GRID.replace(*change))), tmp_path, "grid.toml")
+        grid_file.runs_of_grid(grid_file.read_grid(write(tmp_path, GRID.replace(*change))), tmp_path, "grid.toml")
     assert line in str(error.value)
 
 

@@ -14,8 +14,7 @@ from tensorboardX import SummaryWriter
 
 pytest.importorskip("tensorboard")
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-from _same import differences  # noqa: E402
+from lifequant.experiments.same_runs import differences  # noqa: E402
 
 
 def test_whatever_differs_is_seen(tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the loop waits for a copy of the state, not for the disk."""
+"""Checkpoints are written in the background: training waits for a copy of the state, and not for the disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy that training does not change, on the CPU; what shares memory there still does, so that a file is the same."""
+    """A copy on the CPU that training does not change. Tensors that share memory still do, so that the file is the same."""
     copies = {id(t): t.detach().to("cpu", copy=True) for t in tensors(state) if t.device.type != "cpu"}
     return copy.deepcopy(state, copies)
 
@@ -32,8 +32,8 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
 class Writer:
     """Writes checkpoints in one thread, in the order in which they are given, at most one at a time.
 
-    Each file is whole or not there, as checkpoint.write makes it. What fails in the thread (a full disk) is raised by the
-    next ``write`` or ``wait``. As a context, it waits at the end, after an exception too.
+    Each file is written whole or not at all, as by checkpoint.write. An error in the thread (a full disk) is raised by the
+    next ``write`` or ``wait``. As a context it waits at the end, also after an exception.
     """
 
     def __init__(self) -> None:
@@ -41,13 +41,13 @@ class Writer:
         self.error: BaseException | None = None
 
     def write(self, state: dict[str, Any], *paths: Path) -> None:
-        """Write the state as it is now, to each of ``paths`` in turn. Waits for the former write only."""
+        """Write the state as it is now to each of ``paths``. It waits only for the write before."""
         self.wait()
         self.thread = threading.Thread(target=self._write, args=(snapshot(state), paths), name="checkpoint")
         self.thread.start()  # not a daemon: an interpreter that exits waits for it
 
     def wait(self) -> None:
-        """Until all is on disk. Raises what went wrong on the way."""
+        """Wait until everything is on disk. Raises what went wrong in the thread."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None

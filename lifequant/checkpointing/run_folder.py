@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be used, where a run goes on, what of another run may be taken over."""
+"""A run's folder: whether it may be used, where a run goes on, and what another run's state is good for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from lifequant import registry
 from lifequant.checkpointing import checkpoint
-from lifequant.common import fault_injection, lock
+from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
+from lifequant.common.files import lock
 from lifequant.config import RESUME_JOB_DIR, Config, free_names
 
 PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
@@ -22,10 +23,9 @@ NEEDED_BYTES = 50_000_000  # a run of three tasks: its checkpoints and curves
 
 @contextlib.contextmanager
 def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """``job`` is this process's alone, by a lock on job_dir/.lock that the system lifts when the process dies, however.
+    """Keep ``job`` for this process alone, by a lock on job_dir/.lock that the system lifts when the process dies.
 
-    The file says whose it is. A folder made for it goes with it where nothing else came into it. Raises UserError where
-    another run has it.
+    A folder that was made for the lock is removed with it if it is still empty. Raises UserError if another run has it.
     """
     if job.exists() and not job.is_dir():
         yield
@@ -37,9 +37,9 @@ def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
     made = [folder for folder in (job, *job.parents) if not folder.exists()]
     job.mkdir(parents=True, exist_ok=True)
     try:
-        with lock.held(
-            job / LOCK, busy, lambda owner: say(f"--job_dir {job}: {owner} had it and has died; taken over")
-        ):
+        with lock(job / LOCK, busy) as dead:
+            if dead:
+                say(f"--job_dir {job}: {dead} had it and has died; taken over")
             yield
     finally:
         for folder in made:
@@ -49,8 +49,8 @@ def locked(job: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_disk_errors(job: Path) -> Iterator[None]:
-    """What the file system refuses in mid-run (a full disk, a quota, a folder made read-only) is a UserError that says how
-    to go on."""
+    """Inside, what the file system refuses (a full disk, a quota, a read-only folder) becomes a UserError that says how to
+    go on."""
     try:
         yield
     except OSError as error:
@@ -64,7 +64,10 @@ def explain_disk_errors(job: Path) -> Iterator[None]:
 
 
 def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Whether job_dir may be used, changing nothing; the state to go on with, None for a new run. Raises UserError."""
+    """Check whether job_dir may be used, and change nothing.
+
+    Returns the state to go on with, None for a new run. Raises UserError.
+    """
     job = Path(config.job_dir)
     if job.exists() and not job.is_dir():
         raise UserError(f"--job_dir {job}: not a folder")
@@ -86,9 +89,9 @@ def check(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 
 def begin(config: Config, past: Path | None = None, tasks: int = 0) -> None:
-    """Clear what another run left (--reset, or one without a checkpoint), write config.json.
+    """Clear what another run left and write config.json.
 
-    Of a run that goes on elsewhere (--from, --resume PATH), the former ``tasks`` are copied from ``past``, its checkpoints' folder.
+    For a run that goes on elsewhere (--from, --resume PATH), the checkpoints of the first ``tasks`` are copied from ``past``.
     """
     job = Path(config.job_dir)
     for name in (
@@ -107,7 +110,7 @@ def begin(config: Config, past: Path | None = None, tasks: int = 0) -> None:
 
 
 def _holds_run(job: Path) -> bool:
-    """Whether anything is there that ``begin`` would clear."""
+    """Whether the folder has anything that ``begin`` would clear."""
     return any((job / part).exists() for part in PARTS)
 
 
@@ -117,7 +120,7 @@ def task_file(job: str | Path, task: int) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic; NaN is refused."""
+    """Write JSON, whole or not at all; raises ValueError for NaN."""
     checkpoint.write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -141,7 +144,7 @@ def resumed_from(config: Config) -> Path:
 
 
 def moves(config: Config) -> bool:
-    """Whether --resume PATH goes on in another folder than the checkpoint's own."""
+    """Whether --resume PATH goes on in another folder than the one the checkpoint is in."""
     return Path(config.job_dir).resolve() not in resumed_from(config).resolve().parents
 
 
@@ -175,17 +178,21 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
     return state
 
 
-# Settings that decide nothing before the first task with replay, and those that data_key or others stand for.
+# Settings that matter only from task 1 on, and settings that data_key or another setting stands for.
 _LATER = {"method", "penalty", "ll_lambda", "replay_rate", "buffer_size", "distill", "distill_temperature"}
 _ELSEWHERE = {"dataset", "num_tasks", "task_id", "num_classes", "ll_method", "preset", "balanced", "arch", "start_task"}
 
 
 def fork_conflict(config: Config, theirs: dict[str, Any]) -> str | None:
-    """Why ``config`` can't begin at its ``start_task`` with the state of a run whose settings are ``theirs``; None: it can."""
+    """Why ``config`` can't begin at its ``start_task`` with the state of a run with the settings ``theirs``; None if it can."""
     ours = config.asdict()
     apart = _ELSEWHERE | free_names() | (_LATER if config.start_task == 1 else set())
     if config.start_task == 1:
-        apart |= {name for name in ours | theirs if name.startswith((config.method + "_", theirs["method"] + "_"))}
+        apart |= {
+            name
+            for name in ours | theirs
+            if name in own_flags(config.method, config.penalty) | own_flags(theirs["method"], theirs["penalty"])
+        }
     for name in [name for name in {**ours, **theirs} if name not in apart]:  # in the order of Config
         if ours.get(name) != theirs.get(name):
             return f"its {name} is {theirs.get(name)}, this run's {ours.get(name)}: they differ before task {config.start_task}"
@@ -196,6 +203,12 @@ def fork_conflict(config: Config, theirs: dict[str, Any]) -> str | None:
         if method.per_step_state and config.method != theirs["method"]:
             return f"{name} gathers state at every step, which the other method lacks"
     return None
+
+
+def own_flags(method: str, penalty: str) -> set[str]:
+    """Names of the settings that only this method and this penalty have."""
+    own = set(registry.own_flags("method", method))
+    return own if penalty == "none" else own | set(registry.own_flags("penalty", penalty))
 
 
 def fork(config: Config, data_key: list[str]) -> dict[str, Any]:

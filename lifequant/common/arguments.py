@@ -1,4 +1,4 @@
-"""What every command line of the project shares: a parser whose mistakes are UserErrors, argument types, an exit code.
+"""What every command line shares: a parser that raises UserError, argument types, and the exit code.
 
 ``python script.py`` is ``sys.exit(run_main(main, sys.argv[1:]))``: a user's mistake prints one line on stderr and
 exits 2, without a traceback.
@@ -21,7 +21,7 @@ FALSE = ("false", "no", "off", "0")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a flag's default, unless there is none to show."""
+    """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, "") else super()._get_help_string(action)
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        """As argparse's, but a mistyped flag is named first, before the flag that is missing because of it."""
+        """Parse as argparse does, but report a mistyped flag before a required flag that is missing because of it."""
         words = list(sys.argv[1:] if args is None else args)
         flags = words[: words.index("--")] if "--" in words else words
         self._refuse([word for word in flags if word.startswith("--") and not self._knows(word)])
@@ -59,16 +59,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """The exit code of ``main(argv)``: 2 after a user's mistake or what the file system refuses, 130 after Ctrl-C."""
+    """The exit code of ``main(argv)``: 2 after a UserError or an error of the file system, 130 after Ctrl-C."""
     try:
         return _run(main, sys.argv[1:] if argv is None else argv)
-    except BaseException:  # a fault of our own, or an exit
-        _let_the_first_speak()
+    except BaseException:  # a bug, or an exit
+        _wait_for_rank_0()
         raise
 
 
-def _let_the_first_speak() -> None:
-    """One of several processes (torchrun) that fail alike waits to be ended with the first, which says what is wrong."""
+def _wait_for_rank_0() -> None:
+    """Under torchrun all processes fail alike. The others wait, so that only rank 0 prints the error."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
 
@@ -84,7 +84,7 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
     except KeyboardInterrupt:
         print("lifequant: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, less) has gone; the interpreter's own last flush must not complain
+    except BrokenPipeError:  # the reader (head, less) has gone; the interpreter's last flush must not raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # full disk, no permission, a folder where a file should be
@@ -92,7 +92,7 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
             raise
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror}{where}"
-    _let_the_first_speak()
+    _wait_for_rank_0()
     print(f"lifequant: error: {one_line(message)}", file=sys.stderr)
     return 2
 

@@ -1,6 +1,6 @@
-"""Where a run may be killed on purpose: ``LIFEQUANT_FAULT=checkpoint:3`` ends the process, as SIGKILL does, at the third
-passing of the point ``checkpoint``. For tests and scripts/torture.py; without the variable a point is one comparison, and
-none lies in a training step."""
+"""Kill a run on purpose, for tests and scripts/torture.py: ``LIFEQUANT_FAULT=checkpoint:3`` sends SIGKILL when the point
+``checkpoint`` is reached for the third time. Without the variable a point costs one comparison. No point is in a training
+step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _left = int(_passing or 1) if _name else 0
 
 
 def point(name: str) -> None:
-    """The process ends here where LIFEQUANT_FAULT says so."""
+    """Kill the process if LIFEQUANT_FAULT names this point."""
     global _left
     if name != _name:
         return

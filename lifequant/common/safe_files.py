@@ -1,4 +1,4 @@
-"""Files that others wrote: opened only where they are regular files, read up to a bound, and only inside their folder."""
+"""Reading files that others wrote: only regular files, only up to a size limit, and only inside their folder."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def read_text(path: Path, most: int) -> str:
 
 
 def stats_inside(root: Path, paths: Iterable[str]) -> list[os.stat_result | None]:
-    """Of each file below ``root``; None where there is none. ``root`` may itself be reached by symbolic links.
+    """The status of each file below ``root``, or None if it is missing. ``root`` itself may be a symbolic link.
 
-    One call a file and one look at each folder, since a large data set's files would take seconds more otherwise.
+    Each folder is resolved only once: a large data set would take seconds more otherwise.
     Raises UserError for a path that a symbolic link leads out of ``root``.
     """
     top, real = f"{root}{os.sep}", os.path.realpath(root)

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifequant.data.image_storage import send
-
-if TYPE_CHECKING:
-    from lifequant.config import Config
+from lifequant.config import Config
+from lifequant.data.image_storage import send, take
 
 # CIFAR-10's channel statistics, used for every data set: a source model and its successor must see the same scale.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -41,6 +38,15 @@ def normalize(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] in 0..255 -> float32, channels-last."""
     mean, std = _statistics(images.device)
     return images.float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def load_batch(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """float32 [N, ...]: these rows of the images on ``device``, not augmented, as the model takes them.
+
+    Bytes are normalized; other images are ready for the model already.
+    """
+    batch = take(images, rows, device)
+    return normalize(batch) if batch.dtype == torch.uint8 else batch
 
 
 @cache

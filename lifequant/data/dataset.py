@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lifequant.common.errors import UserError, closest
-from lifequant.common.files import TOP, find_folder, prepare_command
-from lifequant.common.safe_files import MOST_CLASSES, short, stats_inside
+from lifequant.common.safe_files import MOST_CLASSES, short
 from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
 from lifequant.data.augment import augmentation
 from lifequant.data.image_cache import default_cache_dir, load_images
+from lifequant.data.image_root import checked_images, image_root
 from lifequant.data.image_storage import choose_location
 from lifequant.data.replay import stored_rows
 from lifequant.data.split import long_tail, lowest, share_of_each
@@ -33,7 +32,7 @@ class Store:
 
     paths: list[str]
     labels: Tensor  # int64 [N]
-    images: Tensor  # uint8 [N, 3, H, W], where memory.choose_location says: rows of it by memory.take
+    images: Tensor  # uint8 [N, 3, H, W], where image_storage.choose_location says; load_batch gives rows of it
 
 
 @dataclass
@@ -60,7 +59,7 @@ class DataSet:
         return sorted({*train, *self.test.labels[self.test_rows[task_index]].tolist()})
 
     def stored(self, tasks: int, config: Config) -> list[int]:
-        """Rows in train that are kept for replay after the first so many tasks."""
+        """Rows in train that are kept for replay after the first ``tasks`` tasks."""
         if (config.replay_rate == 0 and config.buffer_size is None) or tasks == 0:
             return []
         if self.replay_csv is not None and config.buffer_size is None:
@@ -105,7 +104,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     present = task_numbers(folder, prefix, "train")
     wanted = config.num_tasks or present[-1] + 1
     ids = range(wanted) if config.task_id is None else [config.task_id]
-    for task in ids:  # before any list of them, which a file name could make as long as it likes
+    for task in ids:  # before a list of them is made: one file name could make it endless
         if task not in present:
             flag = "--num_tasks" if config.task_id is None else "--task_id"
             raise UserError(
@@ -136,10 +135,10 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     if replay is not None:
         replay = [[image for image in images if image in kept and image not in held] for images in replay]
 
-    root = _image_root(config, record, folder, prefix)
+    root = image_root(config, record, folder, prefix)
     train = sorted(set().union(*new, *held_out))
     test = sorted({image for t in ids for image, _ in tests[t]})
-    stats = _checked_images(root, sorted({*train, *test}), prefix)
+    stats = checked_images(root, sorted({*train, *test}), prefix)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     where = choose_location(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
 
@@ -273,35 +272,8 @@ def _replay_csv(
     return replay
 
 
-def _image_root(config: Config, record: dict, folder: Path, prefix: str) -> Path:
-    if config.data_dir is not None:
-        return find_folder(
-            config.data_dir, "--data_dir", f"make the images: {prepare_command(prefix, config.data_dir)}"
-        )
-    if record.get("image_root"):
-        root = Path(record["image_root"])
-        if not os.path.isdir(root):  # False too where the name is longer than any may be
-            raise UserError(
-                f"{folder / dataset_json.FILE} says the images are in {short(root)}, which is not there: name the folder by --data_dir"
-            )
-        return root
-    return (TOP or Path.cwd()) / "data_dir" / prefix
-
-
-def _checked_images(root: Path, paths: list[str], prefix: str) -> dict[str, os.stat_result]:
-    stats = dict(zip(paths, stats_inside(root, paths), strict=True))
-    missing = [path for path in paths if stats[path] is None]
-    if missing:
-        command = prepare_command(prefix, str(root))
-        raise UserError(
-            f"{len(missing)} of {len(paths)} images are missing in {root} (first: {short(missing[0])}): name their folder by --data_dir, "
-            f"or make them: {command}"
-        )
-    return stats
-
-
 def data_key(data: DataSet) -> list[str]:
-    """Two hashes: of the images' names and labels and of the tasks; of the replay CSVs, which task 0 does not need."""
+    """Two hashes: one of the images' names, the labels and the tasks, one of the replay CSVs, which task 0 does not need."""
     tasks = (
         data.class_names,
         data.train.paths,

@@ -76,7 +76,7 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of 16 bits of grey (which convert() would clip to white): v * 255 / 65535, rounded."""
+    """Of 16 bits of gray (which convert() would clip to white): v * 255 / 65535, rounded."""
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise UserError(f"an image of mode {image.mode} whose white is unknown: save it with 8 or 16 bits")
@@ -104,7 +104,7 @@ def _opened(path: Path, file: BinaryIO) -> Image.Image:
 
 
 def _guarded(path: Path, work: Callable[[], T]) -> T:
-    """``work()``; whatever Pillow raises on bytes that it can't make sense of is the file's fault, in one line."""
+    """Return ``work()``. Whatever Pillow raises on a broken file becomes a UserError."""
     try:
         return work()
     except UserError as error:
@@ -130,7 +130,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of Pillow's (of sizes, of broken EXIF) and no lines of its loggers: what matters is an error here."""
+    """Silence Pillow's warnings (of sizes, of broken EXIF) and log lines: what matters raises an error anyway."""
     logger = logging.getLogger("PIL")
     former = logger.level
     logger.setLevel(logging.CRITICAL + 1)

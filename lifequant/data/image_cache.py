@@ -1,7 +1,7 @@
-"""Images decoded once: a uint8 tensor, cached on disk, keyed by what went in. Safe to delete; rebuilt if stale.
+"""Images are decoded once to a uint8 tensor that is cached on disk. The cache is safe to delete and is rebuilt if stale.
 
-The cache file is written as images are decoded, so that a build needs memory for a few of them only, under a temporary
-name until it is whole. A file is a .npy: numpy reads it too.
+Each image is written as soon as it is decoded, so that a build needs memory for a few images only. The file has a
+temporary name until it is whole. It is a .npy file, which numpy reads too.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import hashlib
 import io
 import math
 import os
-import secrets
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,18 +25,13 @@ from tqdm import tqdm
 
 from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
-from lifequant.common.lock import held
+from lifequant.common.files import lock
 from lifequant.common.safe_files import open_regular, stats_inside
 from lifequant.data.decode import decode, quiet
 from lifequant.data.image_storage import map_images
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-_FORMAT = 2  # of the cached file; another one is another key
-_AHEAD = 64  # decoded images that may wait to be written, beside one a core
+_FORMAT = 2  # of the cache file; a part of the key
+_AHEAD = 64  # images, besides one per core, that are decoded before they are written
 
 Stats = Sequence["os.stat_result | None"]
 
@@ -58,10 +51,10 @@ def load_images(
     mapped: bool = False,
     stats: Stats | None = None,
 ) -> Tensor:
-    """uint8 [len(paths), 3, size, size], from the cache or decoded now. ``mapped``: it stays in the file (memory.map_images).
+    """uint8 [len(paths), 3, size, size], from the cache or decoded now. If ``mapped``, they stay in the file (map_images).
 
-    ``stats``: ``untrusted.stats_inside(root, paths)``, where they are known. Raises UserError for what can't be decoded, and where
-    the cache can't be written but images must be mapped.
+    ``stats`` is ``stats_inside(root, paths)`` if the caller has it. Raises UserError for an image that can't be decoded,
+    and for a cache that can't be written if images must be mapped.
     """
     cached = cache_dir / f"{name}-{_key(root, paths, size, stats or stats_inside(root, paths))}.npy"
     shape = (len(paths), 3, size, size)
@@ -70,15 +63,15 @@ def load_images(
         return images
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = cached.with_name(f"{cached.name}.lock")
-        with held(lock, lambda owner: say(f"waiting for {owner} to finish decoding")):
-            images = _open(cached, shape, mapped)  # by whom we have waited for
+        waiting = lambda owner: say(f"waiting for {owner} to finish decoding")  # noqa: E731
+        with lock(cached.with_name(f"{cached.name}.lock"), waiting):
+            images = _open(cached, shape, mapped)  # another process may have written it meanwhile
             if images is None:
                 with closing(_decoded(root, paths, size, say)) as decoded:
                     _build(cached, decoded, shape)
                 images = _open(cached, shape, mapped)
         if images is None:
-            raise OSError(errno.EIO, "what was written can't be read")
+            raise OSError(errno.EIO, "the new cache file can't be read")
         return images
     except OSError as error:
         problem = f"the image cache {cache_dir} can't be written ({error.strerror})"
@@ -102,14 +95,14 @@ def _key(root: Path, paths: Sequence[str], size: int, stats: Stats) -> str:
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """The begin of a .npy of uint8."""
+    """The header of a .npy file of uint8."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
 def _open(cached: Path, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
-    """The images in a cache file; None where it is not there yet, or broken."""
+    """The images in a cache file, or None if it is missing or broken."""
     header, count = _header(shape), math.prod(shape)
     try:
         with open_regular(cached, len(header) + count) as file:
@@ -127,13 +120,12 @@ def _open(cached: Path, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
 
 
 def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Write ``images`` to the file ``cached``, whole or not at all. Raises OSError."""
-    _clear_left(cached.parent)
+    """Write ``images`` to the file ``cached``, whole or not at all. The caller holds its lock. Raises OSError."""
     header = _header(shape)
-    temporary = cached.with_name(f"{cached.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = cached.with_name(f"{cached.name}.part")
+    temporary.unlink(missing_ok=True)  # left by a build that was killed
     try:
         with temporary.open("xb") as file:
-            _lock(file)
             if shutil.disk_usage(cached.parent).free < len(header) + math.prod(shape):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             file.write(header)
@@ -147,28 +139,8 @@ def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -
         temporary.unlink(missing_ok=True)
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Whether ``file`` is now this process's: as long as it lives, so that a killed one's files can be told."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):  # another process's, or no locks on this system
-        return False
-    return True
-
-
-def _clear_left(cache_dir: Path) -> None:
-    """Remove what killed builds have left."""
-    for left in cache_dir.glob("*.npy.*-*"):
-        try:
-            with open_regular(left, 2**62) as file:
-                if _lock(file):
-                    left.unlink(missing_ok=True)
-        except (OSError, UserError):  # gone meanwhile, or someone else's
-            pass
-
-
 def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], None]) -> Iterator[np.ndarray]:
-    """uint8 [3, size, size] of each path in turn, decoded by as many threads as there are cores (Pillow lets them run)."""
+    """uint8 [3, size, size] of each path in turn, decoded by one thread per core (Pillow releases the GIL)."""
 
     def pixels(path: str) -> tuple[np.ndarray, str | None]:
         image, done = decode(root / path, size)

@@ -1,7 +1,6 @@
-"""Where decoded images live (memory, the mapped cache file, the GPU), and rows of them on the device of a run.
+"""Where decoded images are stored (memory, the mapped cache file or the GPU), and copying rows of them to a device.
 
-Images are one uint8 tensor wherever they live, and ``take`` is the one way to rows of it: what a run computes does not
-depend on the place.
+Images are one uint8 tensor in all three places. ``take`` copies rows of it, so a run's results do not depend on the place.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class ImageLocation(NamedTuple):
-    """Where a run's images live."""
+    """Where a run's images are stored."""
 
     mapped: bool  # read from the cache file batch by batch, instead of held in memory
     resident: bool  # on the run's device; False: rows are copied there batch by batch
 
 
 def choose_location(cache: str, nbytes: int, device: torch.device, say: Callable[[str], None]) -> ImageLocation:
-    """``--cache`` for ``nbytes`` of decoded images: memory, mmap, or auto, by the rule of ``SHARE``; a choice that isn't
-    the usual one is said."""
+    """``--cache`` for ``nbytes`` of decoded images: memory, mmap, or auto, which follows ``SHARE``. ``say`` is told
+    of an unusual choice."""
     resident = True
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -51,7 +50,7 @@ def choose_location(cache: str, nbytes: int, device: torch.device, say: Callable
 
 
 def available_bytes() -> int | None:
-    """Memory that may still be taken, a container's limit (cgroup v2 or v1) included; off Linux all there is; None: unknown."""
+    """Bytes of memory that are free, within a container's limit (cgroup v2 or v1). Off Linux: all memory. None if unknown."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -78,7 +77,7 @@ def available_bytes() -> int | None:
 
 
 def map_images(file: BinaryIO, offset: int, shape: tuple[int, ...]) -> Tensor:
-    """uint8 ``shape``, the bytes of ``file`` from ``offset`` on, read when they are looked at. Must not be written to.
+    """uint8 ``shape``, the bytes of ``file`` from ``offset`` on, read on first access. It must not be written to.
 
     The mapping is shared and read-only: a private, writable one counts as memory, and one larger than memory is refused.
     """
@@ -112,7 +111,7 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _read_ahead(mapping: mmap.mmap, offset: int, rows: list[int], nbytes: int) -> None:
-    """Ask for all rows at once: a disk is faster so than when each page is waited for."""
+    """Ask for all rows at once, which is faster than to wait for each page."""
     if not hasattr(mmap, "MADV_WILLNEED"):
         return
     for row in rows:

@@ -20,10 +20,10 @@ def stored_rows(
     buffer: int | None,
     seed: int,
 ) -> list[int]:
-    """Rows kept of former tasks: the same share of every class of each, or ``buffer`` images in all.
+    """Rows that are kept of former tasks: the same share of every class of each, or ``buffer`` images in all.
 
-    ``past`` has the rows of each former task. The buffer is filled task after task, as in a run, by rank: what it holds of
-    an old task is a part of what it held before, since an image that was let go is gone.
+    ``past`` has the rows of each former task. The buffer is filled task after task, as in a run, by rank. An image that
+    was dropped is gone, so the buffer's part of an old task only shrinks.
     """
 
     def pick(rows: Sequence[int], keep_of: dict[int, int]) -> list[int]:
@@ -45,7 +45,7 @@ def stored_rows(
 def _quota(seen: dict[int, int], there: dict[int, int], total: int) -> dict[int, int]:
     """``total`` images in all, the same share of every class of those seen, as far as they are still there."""
     keep = {label: min(n, there[label]) for label, n in total_of_each(seen, total).items()}
-    for _ in range(min(total, sum(there.values())) - sum(keep.values())):  # a class or two lack an image by rounding
+    for _ in range(min(total, sum(there.values())) - sum(keep.values())):  # rounding may leave a class one image short
         label = min((label for label in keep if keep[label] < there[label]), key=lambda c: (keep[c] / seen[c], c))
         keep[label] += 1
     return keep

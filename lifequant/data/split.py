@@ -1,8 +1,8 @@
 """Which classes a task has and which images are kept: pure functions of names, labels and a seed.
 
-Every choice among images goes by a hash of (seed, purpose, path), never by a generator's state: the same image is kept
-or dropped whatever other images, tasks or commands are around it. So a store that shrinks is a subset of what it was,
-and the task CSVs' generator and the training run agree.
+Every choice among images follows a hash of (seed, purpose, path), never a generator's state. So an image is kept or
+dropped whatever the other images, tasks or commands are, a buffer that shrinks is a subset of what it was, and the
+generator of the task CSVs agrees with the training run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lifequant.data.augment import crop_and_flip, normalize
+from lifequant.data.augment import crop_and_flip, load_batch, normalize
 from lifequant.data.image_storage import send, take
 
 
@@ -63,7 +63,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """How messages call it: "task 3" is the task of the CSV <data set>_train3.csv."""
+        """The name in messages: "task 3" is the task of <data set>_train3.csv."""
         return f"task {self.task_index if self.csv_id is None else self.csv_id}"
 
     def take(self, rows: Tensor) -> Tensor:
@@ -71,18 +71,17 @@ class Task:
         return take(self.images, rows, self.labels.device)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, y) of these rows, not augmented. Images that are no bytes are taken as they are."""
-        x = self.take(rows)
-        return normalize(x) if x.dtype == torch.uint8 else x, self.labels[rows]
+        """(x, y) of these rows, not augmented."""
+        return load_batch(self.images, rows, self.labels.device), self.labels[rows]
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``batch`` of ``size`` rows after another: no more images at a time than that."""
+        """The ``batch`` of each ``size`` rows in turn, so that no more images are held at a time."""
         return (self.batch(part) for part in rows.split(size))
 
     def training_batch(self, order: Tensor, index: int, size: int, generator: torch.Generator) -> Batch:
         """Batch ``index`` of an epoch in ``order`` (indices into ``pool``), augmented on the device.
 
-        The epoch's last batch is filled up from its begin.
+        The epoch's last batch is filled up from the beginning of ``order``.
         """
         chosen = order[torch.arange(index * size, (index + 1) * size, device=order.device) % len(order)]
         rows = self.pool_on_image_device[chosen]

@@ -1,4 +1,4 @@
-"""Task CSVs: how they are named, written, found and read.
+"""Naming, writing, finding and reading task CSVs.
 
 ``<prefix>_train.csv`` has each training image once, ``<prefix>_train0.csv``, ``<prefix>_train1.csv``, ... those of each
 task; ``test`` and ``replay`` (no file over all tasks) likewise. Columns: image (path relative to the data folder, with
@@ -7,10 +7,10 @@ task; ``test`` and ``replay`` (no file over all tasks) likewise. Columns: image 
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def leaves_root(image: str) -> bool:
 
 
 class _Lines:
-    """A text file's lines for csv.reader, which would otherwise take a row of any length into memory."""
+    """A text file's lines for csv.reader. It stops at a long row: csv.reader would hold a row of any length in memory."""
 
     def __init__(self, file: io.TextIOBase) -> None:
         self.file, self.left = file, _MOST_ROW
@@ -112,27 +112,16 @@ def _rows_of_text(path: Path) -> Iterator[list[str]]:
                 lines.left = _MOST_ROW
                 yield row
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text (byte {_not_utf8(path)})") from None
+        raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV ({error})") from None
 
 
-def _not_utf8(path: Path) -> int:
-    """The place of the first byte that isn't UTF-8 (a decoder of parts only knows its place in a part)."""
-    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
-    with open_regular(path, _MOST_BYTES) as file:
-        while part := file.read(2**16):
-            kept = len(decoder.getstate()[0])
-            try:
-                decoder.decode(part)
-            except UnicodeDecodeError as error:
-                return place - kept + error.start
-            place += len(part)
-    return place
-
-
 def read_rows(path: Path) -> Rows:
-    """A CSV's rows. Raises UserError, naming file and row, for what a CSV of images and labels can't hold."""
+    """A CSV's rows. Raises UserError that names file and row for anything that is no image with its label.
+
+    Python's csv reads row by row. pandas would first hold a hostile row whole, at ten times its bytes.
+    """
     lines = _rows_of_text(path)
     header = next(lines, [])
     for column in ("image", "label"):
@@ -163,9 +152,7 @@ def read_rows(path: Path) -> Rows:
         rows.append((line[image], value))
     if not rows:
         raise UserError(f"{path}: no images")
-    seen: set[str] = set()
-    for image, _ in rows:
-        if image in seen:
-            raise UserError(f"{path}: {short(image)} is there more than once")
-        seen.add(image)
+    if len({image for image, _ in rows}) < len(rows):
+        twice = Counter(image for image, _ in rows).most_common(1)[0][0]
+        raise UserError(f"{path}: {short(twice)} is there more than once")
     return rows

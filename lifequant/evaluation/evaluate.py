@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lifequant.data.augment import normalize
+from lifequant.data.augment import load_batch
 from lifequant.data.dataset import DataSet, Store
-from lifequant.data.image_storage import take
 from lifequant.evaluation.metrics import hits
 from lifequant.qat.layers import no_rounding
 from lifequant.runtime import distributed
@@ -31,7 +30,7 @@ def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> 
     training = model.training
     model.eval()
     parts = distributed.own(rows.split(batch_size))
-    found = {index: model(normalize(take(store.images, part, rows.device))) for index, part in parts}
+    found = {index: model(load_batch(store.images, part, rows.device)) for index, part in parts}
     model.train(training)
     return distributed.gathered(found, rows.device)
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant.data.augment import normalize
+from lifequant.data.augment import load_batch
 from lifequant.data.dataset import DataSet, Store
-from lifequant.data.image_storage import take
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -80,4 +79,4 @@ def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], 
 
 
 def _of_store(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
-    return features(model, (normalize(take(store.images, part, rows.device)) for part in rows.split(batch_size)))
+    return features(model, (load_batch(store.images, part, rows.device) for part in rows.split(batch_size)))

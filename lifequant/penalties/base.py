@@ -31,10 +31,10 @@ class Penalty(TrainingHooks):
 
 
 class Anchored(Penalty):
-    """Sum of importance * (w - anchor)^2. A form says what w is, and estimates the importance at a task's begin.
+    """Sum of importance * (w - anchor)^2. A form says what w is, and estimates the importance when a task begins.
 
-    The anchor is kept as integer codes and a scale, the step, where their product is exact; else as values and the scale 1.
-    All are allocated at the first task and then written in place: a compiled step needs no second compilation.
+    The anchor is kept as integer codes and a scale where their product is exact, else as values and the scale 1. All tensors
+    are allocated at the first task and then written in place, so that a compiled step need not be compiled again.
     """
 
     def __init__(self, config: Any) -> None:
@@ -45,41 +45,41 @@ class Anchored(Penalty):
         self.anchor_bytes = 0
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
-        """What is held near its former value: here the quantized convolution weights."""
+        """{name: w} that is held near its former value: here the quantized convolution weights."""
         return {
             name: layer.weight_quant(layer.weight) for name, layer in weight_layers(model) if layer.weight.dim() == 4
         }
 
-    def kept(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    def anchors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """{name: (anchor, scale)} whose product is ``values``, bit for bit."""
-        return {name: packed(layer) for name, layer in weight_layers(model) if layer.weight.dim() == 4}
+        return {name: codes_and_scale(layer) for name, layer in weight_layers(model) if layer.weight.dim() == 4}
 
-    def former(self, name: str) -> Tensor:
+    def anchored(self, name: str) -> Tensor:
         """The former value of ``values(model)[name]``."""
         return self.anchor[name] * self.scale[name]
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
-        """Importances at the former task's weights, all factors but lambda included; None for no penalty."""
+        """{name: importance} at the former task's weights, with all factors but lambda; None for no penalty."""
         raise NotImplementedError
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         with torch.no_grad():
-            kept = self.kept(model)
+            anchors = self.anchors(model)
         if not self.anchor:
-            self.importance = {name: torch.zeros_like(a, dtype=scale.dtype) for name, (a, scale) in kept.items()}
-            self.anchor = {name: anchor.clone() for name, (anchor, _) in kept.items()}
-            self.scale = {name: scale.clone() for name, (_, scale) in kept.items()}
+            self.importance = {name: torch.zeros_like(a, dtype=scale.dtype) for name, (a, scale) in anchors.items()}
+            self.anchor = {name: anchor.clone() for name, (anchor, _) in anchors.items()}
+            self.scale = {name: scale.clone() for name, (_, scale) in anchors.items()}
             self.anchor_bytes = sum(packed_bytes(layer) for _, layer in weight_layers(model) if layer.weight.dim() == 4)
         estimate = self.estimate(model, task) if task.task_index > 0 else None
         with torch.no_grad():
-            for name, (anchor, scale) in kept.items():
+            for name, (anchor, scale) in anchors.items():
                 self.importance[name].copy_(estimate[name]) if estimate else self.importance[name].zero_()
                 self.anchor[name].copy_(anchor)
                 self.scale[name].copy_(scale)
 
     def penalty(self, model: nn.Module) -> Tensor:
         values = self.values(model)
-        return sum((self.importance[name] * (v - self.former(name)).square()).sum() for name, v in values.items())
+        return sum((self.importance[name] * (v - self.anchored(name)).square()).sum() for name, v in values.items())
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("importance", "anchor", "scale", "anchor_bytes")}
@@ -89,12 +89,12 @@ class Anchored(Penalty):
             setattr(self, name, state[name])
 
     def memory_bytes(self) -> dict[str, int]:
-        """Importances as held (float32), the anchor at the bit-width of what it repeats."""
+        """Importances in float32; the anchor at the bit-width of the weights that it repeats."""
         importance = sum(f.numel() * f.element_size() for f in self.importance.values())
         return {"importance": importance, "reference": self.anchor_bytes}
 
 
-def packed(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
+def codes_and_scale(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
     """(codes, scale) or (values, 1) of a layer's quantized weights: their product is these, bit for bit."""
     weight, quant = layer.weight.detach(), layer.weight_quant
     if isinstance(quant, FakeQuant) and quant.linear:
@@ -102,19 +102,19 @@ def packed(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
     return quant(weight).detach(), weight.new_ones(())
 
 
-def fisher_of_gone_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tensor] | None, float]:
+def fisher_of_removed_classes(model: nn.Module, task: Task) -> tuple[dict[str, Tensor] | None, float]:
     """(per-sample F on replay of the classes that the new task no longer has, kappa), or (None, 0) if there are none."""
     current = torch.zeros(task.num_classes, dtype=torch.bool, device=task.labels.device)
     current[task.classes] = True
     rows = task.replay[~current[task.labels[task.replay]]]
     missing = int((~current[task.labels[task.past_rows]]).sum()) - len(rows)
-    if missing == 0 or not replay_there(task, len(rows)):
+    if missing == 0 or not has_replay(task, len(rows)):
         return None, 0.0
     return per_sample(at_quantized_weights(model), task.batches(rows, CHUNK)), missing / len(task.pool)
 
 
-def replay_there(task: Task, images: int) -> bool:
-    """Whether there is replay data to estimate from; warns if not."""
+def has_replay(task: Task, images: int) -> bool:
+    """Whether there is replay data to estimate from; warns if there is none."""
     if images == 0:
         task.warn(f"{task.name}: no replay image to estimate the penalty from: it is 0")
     return images > 0

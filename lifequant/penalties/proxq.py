@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lifequant.data.task import Task
-from lifequant.penalties.base import Anchored, fisher_of_gone_classes
+from lifequant.penalties.base import Anchored, fisher_of_removed_classes
 from lifequant.registry import register
 
 
@@ -21,5 +21,5 @@ class ProxQ(Anchored):
     default_lambda = 3.0  # the best on held-out images: resnet-20-cifar-10/results/search_strength
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
-        fisher, kappa = fisher_of_gone_classes(model, task)
+        fisher, kappa = fisher_of_removed_classes(model, task)
         return fisher and {name: f.clamp(max=f.flatten().quantile(0.999)) * (kappa / 2) for name, f in fisher.items()}

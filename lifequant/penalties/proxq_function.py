@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lifequant.data.task import Batch, Task
 from lifequant.methods.stored_logits import StoredLogits
-from lifequant.penalties.base import Penalty, replay_there
+from lifequant.penalties.base import Penalty, has_replay
 from lifequant.registry import register
 
 
@@ -37,7 +37,7 @@ class ProxQFunction(Penalty):
             self.known = torch.zeros_like(task.old_classes)
         self.known.copy_(task.old_classes)
         if task.task_index > 0:
-            replay_there(task, len(task.replay))
+            has_replay(task, len(task.replay))
 
     def output_penalty(self, logits: Tensor, batch: Batch) -> Tensor:
         return self.stored.distance(logits, batch, self.known) / self.known.sum().clamp(min=1)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lifequant.data.task import Task
 from lifequant.methods.importance import at_quantized_weights, conv_weights, per_batch
-from lifequant.penalties.base import Anchored, replay_there
+from lifequant.penalties.base import Anchored, has_replay
 from lifequant.registry import register
 
 
@@ -19,7 +19,7 @@ class ProxQPaper(Anchored):
     default_lambda = 100.0
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
-        if not replay_there(task, len(task.replay)):
+        if not has_replay(task, len(task.replay)):
             return None
         net = at_quantized_weights(model)
         return per_batch(net, conv_weights(net), task.batches(task.replay, task.batch_size))

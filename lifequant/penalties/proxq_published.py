@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lifequant.data.task import Task
 from lifequant.methods.importance import per_batch, protected
-from lifequant.penalties.base import Anchored, replay_there
+from lifequant.penalties.base import Anchored, has_replay
 from lifequant.qat.modes import eval_mode
 from lifequant.registry import register
 
@@ -22,11 +22,11 @@ class ProxQPublished(Anchored):
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         return dict(protected(model))
 
-    def kept(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    def anchors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (value.detach(), value.new_ones(())) for name, value in self.values(model).items()}
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
-        if not replay_there(task, len(task.replay)):
+        if not has_replay(task, len(task.replay)):
             return None
         with eval_mode(model):
             return per_batch(model, self.values(model), task.batches(task.replay, task.batch_size))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.data.task import Task
-from lifequant.penalties.base import Anchored, Penalty, fisher_of_gone_classes
+from lifequant.penalties.base import Anchored, Penalty, fisher_of_removed_classes
 from lifequant.qat.layers import weight_layers
 from lifequant.quantizers.base import FakeQuant
 from lifequant.registry import register
@@ -25,7 +25,7 @@ class ProxQStep(Anchored):
     help = "a proximal step after the optimizer's; movement within a code is free"
     default_lambda = 0.1
 
-    def kept(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    def anchors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         codes = {name: layer.weight_quant.codes(layer.weight) for name, layer in self._layers(model)}
         return {name: (c, torch.ones((), device=c.device)) for name, c in codes.items()}
 
@@ -38,7 +38,7 @@ class ProxQStep(Anchored):
         ]
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
-        fisher, _ = fisher_of_gone_classes(model, task)
+        fisher, _ = fisher_of_removed_classes(model, task)
         return fisher and {name: (f / f.mean().clamp(min=1e-30)).clamp(max=10) for name, f in fisher.items()}
 
     def penalty(self, model: nn.Module) -> Tensor:
@@ -49,7 +49,7 @@ class ProxQStep(Anchored):
         strength = self.config.ll_lambda * lr_ratio
         for name, layer in self._layers(model):
             weight, quant = layer.weight, layer.weight_quant
-            former = self.former(name)
+            former = self.anchored(name)
             d = quant.to_codes(weight) - former
             size = d.abs()
             beyond = (size - 0.5).clamp(min=0) / (1 + strength * self.importance[name])

@@ -1,4 +1,4 @@
-"""From a run's history to results.json. What is undefined is None, never NaN; accuracies are in percent."""
+"""From a run's history to results.json. Accuracies are in percent. An undefined value is None, and never NaN."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ CODE_IMAGES = 256  # training images over which activation codes are counted
 
 
 def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
-    """Read the means since the last reading; they go to the curves and to the progress bar. Raises UserError where they are
-    not finite."""
+    """Read the means since the last reading, for the curves and the progress bar.
+
+    Raises UserError where they are not finite.
+    """
     with run.timer.within("step"):  # a GPU has still to do the steps before
         values = means(run.sums, run.term_names)
         stop_at_last_checkpoint(run)
@@ -61,8 +63,10 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
 
 
 def memory_bytes(run: Run, task: Any) -> dict[str, int]:
-    """What is kept beside the packed model: replay images and their logits, importances, former weights or models,
-    the moving average, and what counts oscillations."""
+    """{name: bytes} of all that is kept beside the packed model.
+
+    These are replay images, what the method and the penalty keep, the moving average, and the counts of oscillations.
+    """
     memory = {"replay": task.buffer_count * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
     for callback in run.callbacks:
         for name, size in callback.memory_bytes().items():
@@ -75,7 +79,7 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
 
 
 def end_task(run: Run, task: Any) -> None:
-    """Evaluate after a task: a row of each matrix, curves, histograms, warnings."""
+    """Evaluate after a task: add a row to each matrix, write curves and histograms, warn."""
     history, task_index = run.history, task.task_index
     with run.timer.part("evaluation", "evaluation"):
         scores = evaluate(run.model, run.data, run.config.eval_batch_size)
@@ -121,7 +125,7 @@ def end_task(run: Run, task: Any) -> None:
 
 
 def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
-    """The quantized weights and the weights' steps at the end of each task, from the checkpoints written then."""
+    """The quantized weights and the weights' scales at the end of each task, read from the checkpoints of that time."""
     weights, steps = [], []
     with run.timer.within("checkpoint"):
         run.writer.wait()
@@ -138,7 +142,7 @@ def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]
 
 
 def assemble(run: Run) -> dict[str, Any]:
-    """results.json's content."""
+    """The content of results.json."""
     history, data = run.history, run.data
     R = history["top1"]
     x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method.joint)).batch(task.pool[:CODE_IMAGES])
@@ -214,7 +218,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """results.json of a finished run, None where there is none. Raises UserError for what no run wrote."""
+    """results.json of a finished run; None where there is none. Raises UserError for a file that no run wrote."""
     try:
         return schema.read(folder / "results.json", schema.TABLE)
     except FileNotFoundError:
@@ -222,7 +226,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def commit() -> str | None:
-    """The clone's commit, "+" behind it where files differ from it; None in an installed wheel."""
+    """The clone's commit, with "+" where files differ from it; None in an installed wheel."""
     if TOP is None:
         return None
     try:

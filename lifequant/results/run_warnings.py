@@ -1,4 +1,4 @@
-"""What a run refuses, and what it warns of."""
+"""What a run warns of when a task ends. Each thing is said once in a run, also after a resumption."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lifequant.qat.layers import fake_quants
 from lifequant.quantizers.base import STEP_FLOOR
 from lifequant.training.run import Run
 
-MUCH_BOUNDED = 0.05  # of the updates of a step size
+MOSTLY_LIMITED = 0.05  # a scale of which more updates were limited is warned of
 AT_CHANCE = 0.01  # an accuracy that chance gives more often than this is no proof of learning
 
 
 def warn_of(run: Run, task_index: int) -> None:
-    """Warn at a task's end of what its numbers say of the run; of each thing once a run, however it goes on.
+    """Warn of a penalty that holds the new task down, of accuracy at chance, and of scales that are not learned well.
 
-    Held down: the newest task, judged among its own classes, is learned less well than 0.8 times the first was. (Overall
-    accuracy would not do: it falls as the classes of former tasks compete.)
+    The penalty holds the task down where accuracy among the task's own classes is below 0.8 of the first task's. Overall
+    accuracy would not do, since it falls as the classes of former tasks compete.
     """
     now, masked = run.history["training"][-1], run.history["top1_masked"]
     remedy = f"a smaller --ll_lambda than {run.config.ll_lambda:g} may do better"
@@ -38,7 +38,7 @@ def warn_of(run: Run, task_index: int) -> None:
         )
     _warn_of_chance(run, task_index)
     for name, updates in run.scales.most_limited().items():
-        if updates > MUCH_BOUNDED * run.step:
+        if updates > MOSTLY_LIMITED * run.step:
             once(
                 run,
                 f"task {run.data.ids[task_index]}: ",
@@ -56,7 +56,7 @@ def warn_of(run: Run, task_index: int) -> None:
 
 
 def warn_of_one_code(run: Run, layer: str) -> None:
-    """Warn of a layer whose weights have all become one value, so that it computes the same of every channel."""
+    """Warn of a layer whose weights have all become one value, so that all its outputs are alike."""
     once(
         run,
         f"task {run.data.ids[run.task_index]}: ",
@@ -66,9 +66,10 @@ def warn_of_one_code(run: Run, layer: str) -> None:
 
 
 def _warn_of_chance(run: Run, task_index: int) -> None:
-    """The newest task, judged among its own classes, is no better than to say its most frequent class of every test image.
+    """Warn where the newest task is learned no better than by naming its most frequent class for every test image.
 
-    "No better": so many hits or more come about by chance in more than AT_CHANCE of cases (binomial, one-sided).
+    "No better" means that chance gives as many hits in more than AT_CHANCE of cases (binomial, one-sided). Only the task's own
+    classes compete.
     """
     labels = run.data.test.labels[torch.tensor(run.data.test_rows[task_index])].cpu()
     accuracy, images = run.history["top1_masked"][-1][task_index], len(labels)
@@ -84,7 +85,7 @@ def _warn_of_chance(run: Run, task_index: int) -> None:
 
 
 def chance_of(hits: int, images: int, rate: float) -> float:
-    """The probability of ``hits`` or more of ``images``, each a hit at ``rate`` in (0, 1): the binomial's upper tail."""
+    """The probability of at least ``hits`` among ``images``, each a hit at ``rate`` in (0, 1): the binomial's upper tail."""
     whole = math.lgamma(images + 1)
     logs = (
         whole - math.lgamma(k + 1) - math.lgamma(images - k + 1) + k * math.log(rate) + (images - k) * math.log1p(-rate)
@@ -94,6 +95,6 @@ def chance_of(hits: int, images: int, rate: float) -> float:
 
 
 def once(run: Run, begin: str, what: str, rest: str) -> None:
-    """Warn by ``begin + what + rest``, unless ``what`` was warned of before, at another task and with other numbers."""
+    """Warn with ``begin + what + rest``, unless a warning has had ``what`` before, at another task or with other numbers."""
     if not any(what in warning for warning in run.log.warnings):
         run.log.warn(begin + what + rest)

@@ -30,6 +30,11 @@ def read(path: Path, needed: Iterable[str]) -> dict[str, Any]:
         )
     except (ValueError, RecursionError):
         _refuse(path, "it can't be read as JSON")
+    return check(found, path, needed)
+
+
+def check(found: Any, path: Path | str, needed: Iterable[str]) -> dict[str, Any]:
+    """``found`` itself, if it is what a run writes; ``path`` begins the message. Raises UserError."""
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or isinstance(found["schema"], bool):
         _refuse(path, "its schema is another")
     for name in needed:
@@ -41,7 +46,7 @@ def read(path: Path, needed: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _refuse(path: Path, why: str) -> NoReturn:
+def _refuse(path: Path | str, why: str) -> NoReturn:
     raise UserError(f"{path}: not a results.json of schema {SCHEMA} ({why}): remove it; --resume writes it anew")
 
 

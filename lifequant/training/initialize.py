@@ -1,4 +1,4 @@
-"""Where a run begins: a random model, a source model, or another run's state."""
+"""How a run begins: with a random model, with a source model, or with another run's state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALIBRATION_IMAGES = 256
 
 
 def prepare(run: Run) -> None:
-    """A new run's model: source or random, steps from data; a forked run's state."""
+    """Make a new run's model, random or from a source, with scales set from data; take over the state of a forked run."""
     config, data = run.config, run.data
     first = data.task(0, config, run.method.joint)
     x, _ = first.batch(first.new_rows[torch.linspace(0, len(first.new_rows) - 1, CALIBRATION_IMAGES).long().unique()])
@@ -38,11 +38,11 @@ def prepare(run: Run) -> None:
         state = run_folder.fork(config, run.data_key)
         former = state["config"]
         path = Path(config.from_run)
-        own = {name for name in config.options if name.startswith(config.method + "_")}
+        own = run_folder.own_flags(config.method, config.penalty)
         same = all(
             former.get(name) == value for name, value in config.asdict().items() if name in {"method", "penalty"} | own
         )
-        if not same:  # until here they agree; the method's own state is made from the former task, as at its end
+        if not same:  # the runs agree until here, so this method's state can be made as at the former task's end
             task = data.task(config.start_task - 1, config, run.method.joint)
             for callback in run.callbacks:
                 callback.begin_task(run.model, data.task(0, config, run.method.joint))

@@ -16,18 +16,23 @@ KINDS = ("step", "evaluation", "method", "data", "logging", "checkpoint", "other
 class Timer:
     """Seconds of a run in all, of its steps, and of each kind of work.
 
-    Two accounts. ``seconds_by_part`` is of a run's large parts, as ``part`` encloses them. ``seconds_by_kind`` gives each
-    moment from ``begin`` on to exactly one kind, the innermost that encloses it: ``startup`` until the first task,
-    ``compile`` (steps in which torch.compile made a graph, at whichever task), ``step`` (forward, backward, optimizer, the
-    training of a head, BatchNorm's statistics), ``evaluation`` (test images, held-out images, codes), ``method`` (begin and
-    end of a task: importances), ``data`` (order of an epoch, batches, augmentation), ``logging`` (curves, progress bar, log,
-    results), ``checkpoint`` and ``other``.
+    It keeps two accounts. ``seconds_by_part`` has the run's large parts, as ``part`` encloses them. ``seconds_by_kind`` gives
+    each moment to exactly one kind, the innermost that encloses it:
 
-    All is the host's time, without a device synchronization of the timer's own. A GPU works behind the host, so there a kind
-    has the time in which the host queued its kernels, and whoever reads a value waits for all that was queued before; the
-    loop therefore reads the sums of its steps as ``step``.
+    - ``startup`` until the first task, ``compile`` for steps in which torch.compile made a graph
+    - ``step``: forward, backward, optimizer, the training of a head, BatchNorm's statistics
+    - ``evaluation``: test images, held-out images, codes
+    - ``method``: importances and whatever else a method does when a task begins or ends
+    - ``data``: the order of an epoch, batches, augmentation
+    - ``logging``: curves, progress bar, log, results
+    - ``checkpoint`` and ``other``
 
-    Both accounts lie in ``history``, so that they go on after a resumption. ``begin``: time.perf_counter() where the run began.
+    The time is the host's, and the timer never waits for a device. A GPU works behind the host: a kind has the time in which
+    the host queued its kernels, and whoever reads a value waits for all that was queued before. So the loop reads the sums of
+    its steps as ``step``.
+
+    Both accounts lie in ``history``, so that they go on after a resumption. ``begin`` is the time.perf_counter() at which the
+    run began.
     """
 
     def __init__(self, history: dict[str, Any], begin: float | None = None) -> None:
@@ -41,7 +46,7 @@ class Timer:
         self.last = None
 
     def step(self, images: int) -> None:
-        """A step is done; it is a compilation's if there are more graphs than before it."""
+        """Count a step that is done. It counts as ``compile`` if torch has more graphs than before it."""
         if (graphs := _graphs()) != self.graphs:
             self.graphs, self.kind = graphs, "compile"
         now = time.perf_counter()
@@ -58,7 +63,7 @@ class Timer:
         self.mark = self.checkpoint = now
 
     def switch(self, kind: str) -> str:
-        """From here on time is ``kind``'s; the kind until here. About 0.3 microseconds."""
+        """Give the time from here on to ``kind``; returns the kind until here. Takes about 0.3 microseconds."""
         now, former = time.perf_counter(), self.kind
         self.kinds[former] = self.kinds.get(former, 0.0) + now - self.since
         self.kind, self.since = kind, now
@@ -66,7 +71,7 @@ class Timer:
 
     @contextmanager
     def within(self, kind: str) -> Iterator[None]:
-        """Time inside is ``kind``'s, afterwards that of the kind from before."""
+        """Give the time inside to ``kind``, and afterwards to the kind from before."""
         former = self.switch(kind)
         try:
             yield
@@ -75,7 +80,7 @@ class Timer:
 
     @contextmanager
     def part(self, name: str, kind: str = "other") -> Iterator[None]:
-        """Adds the seconds inside to that part of the run; those that nothing within claims are ``kind``'s."""
+        """Add the seconds inside to that part of the run; those that nothing inside claims go to ``kind``."""
         begin = time.perf_counter()
         try:
             with self.within(kind):

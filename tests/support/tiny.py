@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lifequant.__main__ import train as command
 from lifequant.common.arguments import run_main
 from lifequant.data.create.tasks import main_tasks
 
@@ -69,8 +70,6 @@ def arguments(flags: dict[str, Any]) -> list[str]:
 
 def train(tiny: Tiny, job: Path, **more: Any) -> dict[str, Any]:
     """Run in process through the command line's own parser; results.json as read back."""
-    from lifequant.__main__ import train as command
-
     assert command(arguments(settings(tiny, job, **more))) == 0
     return json.loads((job / "results.json").read_text(), parse_constant=_refuse)
 

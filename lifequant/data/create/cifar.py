@@ -1,29 +1,21 @@
-"""CIFAR-10 and CIFAR-100 from their pickled archive: torchvision downloads it and knows its checksums; we read it.
+"""CIFAR-10 and CIFAR-100, downloaded, unpacked and read by torchvision.
 
-Nothing is unpacked to disk, and the unpickler admits numbers, texts and arrays alone, so an archive from elsewhere
-can't run code or write files.
+torchvision unpickles the files. A pickle can run code, so only the official files are read: their MD5 sums, which
+torchvision lists, are compared before anything is unpacked or unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
-import io
-import pickle
 import socket
-import sys
-import tarfile
+import tempfile
 import urllib.error
-import zlib
-from collections.abc import Collection
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lifequant.common.errors import UserError, one_line
-
-LIMIT = 2**28  # bytes; the largest file of either archive has 155 million
+from lifequant.common.errors import UserError
 
 
 def read_cifar(
@@ -31,38 +23,40 @@ def read_cifar(
 ) -> tuple[str, list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Origin, class names, and for train and test the images (N, 32, 32, 3) uint8 and labels (N,), in archive order.
 
-    ``source`` is the archive, a folder that has it, or its unpacked files; None downloads it to folder ``download``.
-    Content that differs from the official one is read with a warning. Raises UserError.
+    ``source`` is the archive, a folder that has it, or its unpacked folder. None downloads the archive to the folder
+    ``download``. Raises UserError for files that are not the official ones.
     """
-    from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds, so only where it is needed
+    from torchvision.datasets import CIFAR10, CIFAR100  # torchvision takes seconds to import
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
     official = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-    if source is None:
-        source = _download(official, download)
-    sums = {name: md5 for name, md5 in official.train_list + official.test_list}
-    sums[official.meta["filename"]] = official.meta["md5"]
-    files = _files(source, sums, official)
-    found_sums = {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in files.items()}
-    origin = "official archive"
-    if found_sums != sums:
-        print(f"warning: {one_line(source)} is not the official archive (checksums differ); going on", file=sys.stderr)
-        joined = "".join(found_sums[name] for name in sums)
-        origin = "archive " + hashlib.md5(joined.encode(), usedforsecurity=False).hexdigest()
-
-    names = _loads(files, official.meta["filename"], source).get(official.meta["key"])
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{source}: {official.meta['filename']} has no list {official.meta['key']}")
-    parts = {
-        split: [_batch(_loads(files, name, source), len(names), f"{source}: {name}") for name, _ in listed]
-        for split, listed in (("train", official.train_list), ("test", official.test_list))
-    }
-    images = {split: np.concatenate([x for x, _ in batches]) for split, batches in parts.items()}
-    labels = {split: np.concatenate([y for _, y in batches]) for split, batches in parts.items()}
-    return origin, names, images, labels
+    archive = _download(official, download) if source is None else source
+    if (archive / official.filename).is_file():
+        archive /= official.filename
+    hint = f"give {official.filename} from {official.url}, the folder that has it, or {official.base_folder}"
+    with tempfile.TemporaryDirectory() as scratch:
+        if archive.is_file():
+            if not check_integrity(archive, official.tgz_md5):
+                raise UserError(f"--source {archive}: damaged, or not the official archive (its MD5 differs); {hint}")
+            extract_archive(archive, scratch)
+            root = scratch
+        elif archive.is_dir():
+            root = archive.parent if archive.resolve().name == official.base_folder else archive
+        else:
+            raise UserError(f"--source {archive}: no such file or folder; {hint}")
+        try:
+            parts = {"train": official(root, train=True), "test": official(root, train=False)}
+        except RuntimeError:  # torchvision's word for a missing file and for a wrong MD5
+            raise UserError(
+                f"--source {archive}: a file is missing in it, damaged, or not the official one; {hint}"
+            ) from None
+    images = {split: part.data for split, part in parts.items()}
+    labels = {split: np.array(part.targets, dtype=np.int64) for split, part in parts.items()}
+    return "official archive", parts["train"].classes, images, labels
 
 
 def _download(official: Any, folder: Path) -> Path:
-    """The archive in ``folder``, its checksum checked; one that is there already is not downloaded again."""
+    """Download the archive to ``folder`` and check its MD5. One that is there already is not downloaded again."""
     from torchvision.datasets.utils import download_url
 
     is_new = not folder.parent.exists()
@@ -82,81 +76,3 @@ def _download(official: Any, folder: Path) -> Path:
     finally:
         socket.setdefaulttimeout(before)
     return folder / official.filename
-
-
-def _files(source: Path, wanted: Collection[str], official: Any) -> dict[str, bytes]:
-    """The content of the ``wanted`` files, from the archive or from the folder they were unpacked to."""
-    hint = f"give {official.filename}, the folder that has it, or {official.base_folder}"
-    if source.is_dir():
-        if (source / official.filename).is_file():
-            return _files(source / official.filename, wanted, official)
-        folder = source / official.base_folder if (source / official.base_folder).is_dir() else source
-        found = {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
-    elif source.is_file():
-        try:
-            with tarfile.open(source) as tar:
-                found = {}
-                for member in tar:  # in the archive's order: going back would decompress all of it again
-                    name = PurePosixPath(member.name).name
-                    if name in wanted and member.isfile() and member.size <= LIMIT:
-                        found[name] = tar.extractfile(member).read()
-        except (tarfile.TarError, EOFError, ValueError, zlib.error, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            why = str(error).split("\n")[0].rstrip(":")  # what each kind of compression says follows
-            raise UserError(f"--source {source}: damaged, or not a tar archive ({why}); {hint}") from None
-    else:
-        raise UserError(f"--source {source}: no such file or folder; {hint}")
-    lacking = [name for name in wanted if name not in found]
-    if lacking:
-        raise UserError(f"--source {source}: no {', '.join(lacking)} in it; {hint}")
-    return found
-
-
-def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
-    """Stands for numpy's ``_reconstruct``: the pickle sets shape, type and content afterwards."""
-    return np.empty(0, np.uint8)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for ``_codecs.encode``, by which Python 3 writes bytes at protocol 2."""
-    return text.encode("latin1")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits what an array of numbers is made of, and nothing else that could be called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        match module.replace("numpy._core", "numpy.core"), name:
-            case "numpy.core.multiarray", "_reconstruct":
-                return _empty_array
-            case "numpy", "ndarray":
-                return np.ndarray
-            case "numpy", "dtype":
-                return np.dtype
-            case "_codecs", "encode":
-                return _latin1
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which image data don't need")
-
-
-def _loads(files: dict[str, bytes], name: str, source: Path) -> dict[str, Any]:
-    try:
-        content = _Unpickler(io.BytesIO(files[name]), encoding="latin1").load()  # written by Python 2
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{source}: {name} can't be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: {name} is not a dictionary")
-    return content
-
-
-def _batch(content: dict[str, Any], num_classes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one file; a row of its data is the red, green and blue plane of a 32x32 image."""
-    data = content.get("data")
-    labels = content.get("labels", content.get("fine_labels"))
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
-        raise UserError(f"{where}: its data are not bytes of N x 3072")
-    if not isinstance(labels, list) or len(labels) != len(data):
-        raise UserError(f"{where}: not one label an image")
-    if not all(isinstance(label, int) and 0 <= label < num_classes for label in labels):
-        raise UserError(f"{where}: a label that is not 0 to {num_classes - 1}")
-    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, dtype=np.int64)

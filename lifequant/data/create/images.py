@@ -1,7 +1,7 @@
 """Image folders from CIFAR-10, CIFAR-100 or scikit-learn's digits: train/<class>/0001.png and test/<class>/0001.png.
 
-Images of a class are numbered in the archive's order. A note, .prepared.json, says what the folder is to hold: with it
-a run that was interrupted goes on, missing or broken files are written again, and a complete folder is left alone.
+Images of a class are numbered in the archive's order. A note, .prepared.json, says what the folder should hold. With it an
+interrupted run goes on, missing or broken files are written again, and a complete folder is left alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main_prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="what to write")
     parser.add_argument("--out", required=True, help="folder for train/ and test/")
     parser.add_argument("--source", help="CIFAR without a network: cifar-10-python.tar.gz, or a folder that has it")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the digits' choice of test images")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the choice of the digits' test images")
     args = parser.parse_args(argv)
     if args.dataset == "digits" and args.source is not None:
         raise UserError("--source: digits come with scikit-learn; leave --source out")
@@ -88,7 +88,7 @@ def main_prepare(argv: Sequence[str]) -> int:
 
 
 def _read_note(out: Path, dataset: str) -> dict | None:
-    """What ``out`` was begun with. Raises UserError for another data set, and for images this program did not write."""
+    """The note in ``out``, or None. Raises UserError for another data set and for images this program did not write."""
     try:
         note = json.loads(read_text(out / NOTE, 2**20))
         if note["dataset"] != dataset:
@@ -112,7 +112,7 @@ def _read_note(out: Path, dataset: str) -> dict | None:
 
 
 def missing(out: Path, note: dict) -> list[tuple[str, int, int]]:
-    """(split, label, number) of each image that ``out`` lacks as a whole 32x32 PNG. Raises UserError for strangers."""
+    """(split, label, number) of each image that ``out`` lacks as a whole 32x32 PNG. Raises UserError for a file it did not write."""
     todo = []
     for split in SPLITS:
         folders = {path.name for path in (out / split).iterdir() if path.is_dir()} if (out / split).is_dir() else set()
@@ -175,17 +175,17 @@ def _checked(names: list[str]) -> list[str]:
 
 
 def digits(seed: int) -> ImageSet:
-    """scikit-learn's 1,797 digits, 8x8 grey enlarged to 32x32 RGB; 20 % of each class to test, chosen by the seed."""
+    """scikit-learn's 1,797 digits, 8x8 gray enlarged to 32x32 RGB; 20 % of each class to test, chosen by the seed."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # scikit-learn is optional
     except ImportError:
         raise UserError("the digits come with scikit-learn, which is missing: pip install lifequant[demo]") from None
     data = load_digits()
-    grey = np.round(data.images * (255 / 16)).astype(np.uint8)  # levels 0 to 16
+    gray = np.round(data.images * (255 / 16)).astype(np.uint8)  # levels 0 to 16
     images = np.stack(
         [
             np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB"))
-            for image in grey
+            for image in gray
         ]
     )
     labels = data.target.astype(np.int64)

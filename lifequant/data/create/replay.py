@@ -24,7 +24,7 @@ def main_replay(argv: Sequence[str]) -> int:
     parser.add_argument("--data_csv", "--output_csv", metavar="NAME.csv", help="the data set, where there are several")
     parser.add_argument("--num_tasks", type=int_at_least(1), help="tasks to sample (default: all)")
     parser.add_argument("--replay_rate", type=share, default=0.2, help="share of the images kept: 20 or 0.2")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the choice among images")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the choice among images")
     args = parser.parse_args(argv)
 
     folder = find_folder(args.data_dir, "--data_dir", "give the folder that lifeLongDataGeneator.py wrote")

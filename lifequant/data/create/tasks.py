@@ -78,11 +78,17 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--diminish_rate", type=share, help="share of classes replaced between tasks: 25 or 0.25")
     parser.add_argument(
-        "--seed", type=int_at_least(0), default=0, help="of the class order and all choices among images"
+        "--seed", type=int_at_least(0), default=0, help="seed of the class order and of all choices among images"
     )
     parser.add_argument("--output_dir", help="folder for the CSVs (default: NAME_025 for a quarter, where you are)")
     parser.add_argument("--images_per_class", type=int_at_least(1), help="keep this many images of each class")
-    parser.add_argument("--lt_gamma", type=real(least=1), default=1.0, help="long tail: largest over smallest class")
+    parser.add_argument(
+        "--lt_gamma",
+        "--imbalance_ratio",
+        type=real(least=1),
+        default=1.0,
+        help="long tail: size of the largest training class over the smallest",
+    )
     parser.add_argument("--domains", help="domain tasks: folders of --data_dir, as webcam,dslr,amazon")
     args = parser.parse_args(argv)
     if args.domains is not None:

@@ -1,0 +1,274 @@
+"""A sweep's grid: a TOML file -> the runs that it stands for.
+
+title = "what is asked"
+[tasks]                        # the task CSVs, made once a seed: flags of lifeLongDataGeneator.py
+dataset = "cifar100"
+num_tasks = 3
+diminish_rate = 50
+images_per_class = 100         # and held_out = 0.2 where a share of them is to stand for the test images
+[source]                       # the 32-bit model of task 0 that all runs begin from, one a seed; may be left out
+num_epochs = 20
+[flags]                        # flags of main.py for all runs; lists are taken in all combinations
+bitW = [4, 2]
+seed = [0, 1, 2]
+[rows.ours]                    # one table a row, with its own flags; lists here, too; source = false begins anew
+[rows."ours, no penalty"]
+penalty = "none"
+[exclude."joint has one row"]  # combinations to leave out, and why
+row = "joint"
+bitW = 2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lifequant import registry
+from lifequant.checkpointing import run_folder
+from lifequant.common.arguments import share
+from lifequant.common.errors import UserError, closest
+from lifequant.common.files import write_all
+from lifequant.config import Config, free_names
+from lifequant.data.create.tasks import checked_tasks, class_names, csv_files, folder_images, rows_of_tasks
+from lifequant.data.split import lowest
+from lifequant.data.task_csv import Rows
+from lifequant.options import make
+
+PARTS = ("title", "tasks", "source", "flags", "rows", "exclude")
+OF_A_SEARCH = ("title", "tasks", "source", "flags", "strength", "start", "parts")
+TASKS: dict[str, tuple[type, ...]] = {
+    "dataset": (str,),
+    "num_tasks": (int,),
+    "diminish_rate": (int, float),
+    "images_per_class": (int,),
+    "held_out": (float,),
+}
+REQUIRED = ("dataset", "num_tasks", "diminish_rate")
+LIKE_THE_RUNS = (
+    "image_size",
+    "train_batch_size",
+    "eval_batch_size",
+    "target_model",
+    "shortcut",
+    "lt_gamma",
+    "compile",
+    "cache_dir",
+)
+OURS = ("csv_dir", "data_dir", "job_dir", "resume", "reset", "start_task", "from_run", "source_file", "source_dir")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep. ``name``: where its results are shown; ``folder``: where it runs, called by its key."""
+
+    name: str
+    flags: dict[str, Any]
+    tasks: dict[str, Any]
+    folder: Path
+    after: tuple[Path, ...] = ()  # folders of runs that must have finished
+
+    @property
+    def seed(self) -> int:
+        return self.flags.get("seed", 0)
+
+    @property
+    def is_source(self) -> bool:
+        return self.flags.get("num_tasks") == 1
+
+    @property
+    def csv_dir(self) -> Path:
+        """Of its tasks; they differ by seed."""
+        return self.folder.parents[1] / "tasks" / digest([self.tasks, self.seed])
+
+    def arguments(self, data_dir: Path) -> list[str]:
+        """What main.py is called with. Raises UserError for what it would refuse."""
+        flags = {**self.flags, "csv_dir": self.csv_dir, "data_dir": data_dir, "job_dir": self.folder, "resume": True}
+        return [
+            word
+            for name, value in flags.items()
+            for word in ("--from" if name == "from_run" else f"--{name}", str(value))
+        ]
+
+
+ADDED = {"optimizer": "sgd"}  # settings that came later: at these values a run keeps the key that it had before them
+
+
+def digest(value: Any) -> str:
+    """12 hexadecimal digits of what is JSON-ready."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_grid(path: Path, rows: bool = True) -> dict[str, Any]:
+    """A grid's content, checked for its parts; without ``rows`` that of a search. Raises UserError."""
+    parts = PARTS if rows else OF_A_SEARCH
+    try:
+        import tomllib
+    except ImportError:
+        raise UserError("sweep.py reads its grid with tomllib: Python 3.11 or newer is needed") from None
+    try:
+        grid = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for name, value in grid.items():
+        if name not in parts:
+            raise UserError(f"{path}: unknown part {name!r}{closest(name, parts)} (known: {', '.join(parts)})")
+        if name != "title" and not isinstance(value, dict):
+            raise UserError(f"{path}: {name} is to be a table, [{name}]")
+    tasks = grid.get("tasks", {})
+    for name, types in TASKS.items():
+        if not isinstance(tasks.get(name), types if name in REQUIRED else (*types, type(None))):
+            raise UserError(f"{path}: [tasks] needs {name}, a {'name' if str in types else 'number'}")
+    if unknown := sorted(set(tasks) - set(TASKS)):
+        raise UserError(
+            f"{path}: [tasks] has {unknown[0]!r}{closest(unknown[0], list(TASKS))} (known: {', '.join(TASKS)})"
+        )
+    tables = ("rows",) if rows else ("strength",) if "strength" in grid else ("start", "parts")
+    for table in tables:
+        of = grid.get(table)
+        if not of or (table != "start" and not all(isinstance(row, dict) for row in of.values())):
+            raise UserError(f"{path}: nothing in [{table}], or what is no table; [{table}.NAME] begins one")
+    if tasks.get("held_out") and not tasks.get("images_per_class"):
+        raise UserError(f"{path}: [tasks] has held_out, a share of images_per_class, which is missing")
+    return grid
+
+
+def runs_of_grid(grid: dict[str, Any], out: Path, where: str, have: Container[str] = ()) -> list[Run]:
+    """All runs of a grid, sources first, each after what it begins from. Raises UserError naming row and flag.
+
+    ``have``: keys of runs of which the results alone are there, so that none can begin from them.
+    """
+    found: dict[Path, Run] = {}
+    leaders: list[tuple[Run, Config]] = []
+    used = set()
+    for row, flags, axes in combinations(grid):
+        name = "/".join(
+            [row, *(f"{flag}{flags[flag]}" for flag in axes if flag != "seed"), f"seed{flags.get('seed', 0)}"]
+        )
+        if excluding := [why for why, rule in grid.get("exclude", {}).items() if matches(rule, row, flags)]:
+            used.update(excluding)
+            continue
+        run, source = planned(name, flags, grid, out, where)
+        if source:
+            found.setdefault(source.folder, source)
+        config = checked(run, where)
+        if run.folder in found:
+            raise UserError(f"{where}: {name} and {found[run.folder].name} are the same run")
+        found[run.folder] = replace(run, after=()) if run.folder.name in have else forked(run, config, leaders)
+    if unused := sorted(set(grid.get("exclude", {})) - used):
+        raise UserError(f"{where}: the exclusion {unused[0]!r} leaves nothing out")
+    needed = {folder for run in found.values() for folder in run.after}
+    kept = [run for run in found.values() if not run.is_source or run.folder in needed]
+    return sorted(kept, key=lambda run: run.seed)  # a sweep that is stopped has whole tables of fewer seeds
+
+
+def combinations(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """(row, flags, names of the flags that were lists)."""
+    for row, own in grid["rows"].items():
+        flags = {**grid.get("flags", {}), **own}
+        axes = [name for name, value in flags.items() if isinstance(value, list)]
+        for values in itertools.product(*(flags[name] for name in axes)):
+            yield row, {**flags, **dict(zip(axes, values, strict=True))}, axes
+
+
+def matches(rule: dict[str, Any], row: str, flags: dict[str, Any]) -> bool:
+    """Whether an exclusion's every entry, a value or a list of them, is so."""
+    is_so = {**flags, "row": row}
+    return all(is_so.get(name) in (value if isinstance(value, list) else [value]) for name, value in rule.items())
+
+
+def planned(name: str, flags: dict[str, Any], grid: dict[str, Any], out: Path, where: str) -> tuple[Run, Run | None]:
+    """The run and the source that it begins from, where it does."""
+    flags = dict(flags)
+    wanted = flags.pop("source", True) and "source" in grid
+    tasks = grid["tasks"]
+    if taken := sorted(set(OURS) & set(flags)):
+        raise UserError(f"{where}: {name}: {taken[0]} is the sweep's own to set: leave it out")
+    if not wanted:
+        return Run(name, flags, tasks, run_folder_of(flags, tasks, None, out, where, name)), None
+    inherited = {key: flags[key] for key in LIKE_THE_RUNS if key in flags}
+    base = {"method": "original", "bitW": 32, "num_tasks": 1, "seed": flags.get("seed", 0)}
+    settings = {**inherited, **base, **grid["source"]}
+    label = f"source/seed{settings['seed']}"
+    source = Run(label, settings, tasks, run_folder_of(settings, tasks, None, out, where, label))
+    folder = run_folder_of(flags, tasks, source.folder.name, out, where, name)
+    flags["source_file"] = source.folder / "model_best.pt"
+    return Run(name, flags, tasks, folder, (source.folder,)), source
+
+
+def run_folder_of(
+    flags: dict[str, Any], tasks: dict[str, Any], source: str | None, out: Path, where: str, name: str
+) -> Path:
+    """The folder of a run: its key is of its settings but paths and what may change on the way, its tasks and source."""
+    try:
+        config = make(**flags).asdict(paths=False)
+    except UserError as error:
+        raise UserError(f"{where}: {name}: {error}") from None
+    kept = {
+        key: value for key, value in config.items() if key not in free_names() and (key, value) not in ADDED.items()
+    }
+    return out / "runs" / digest([kept, tasks, source])
+
+
+def checked(run: Run, where: str) -> Config:
+    try:
+        return make(**run.flags)
+    except UserError as error:
+        raise UserError(f"{where}: {run.name}: {error}") from None
+
+
+def forked(run: Run, config: Config, leaders: list[tuple[Run, Config]]) -> Run:
+    """``run``, begun at task 1 where a former run's task 0 is the same as its own; else it is one that others may begin from."""
+    at_one = replace(config, start_task=1)
+    if run.tasks["num_tasks"] > 1 and not config.bit_schedule:
+        for leader, settings in leaders:
+            if leader.after == run.after and run_folder.fork_conflict(at_one, settings.asdict()) is None:
+                flags = {**run.flags, "start_task": 1, "from_run": leader.folder}
+                return replace(run, flags=flags, after=(*run.after, leader.folder))
+        if not registry.method(config.method).joint:
+            leaders.append((run, config))
+    return run
+
+
+def weight(run: Run, data_dir: Path) -> float:
+    """Images of 32 pixels that a run trains on, roughly: what its time is reckoned from."""
+    tasks = run.tasks
+    names = class_names(data_dir / "train")
+    sizes = [len(labels) for labels in tasks_of(tasks, len(names), run.seed)]
+    sizes = sizes[run.flags.get("start_task", 0) : run.flags.get("num_tasks")]
+    images = tasks.get("images_per_class") or sum(1 for _ in (data_dir / "train" / names[0]).iterdir())
+    epochs = run.flags.get("num_epochs", 50)
+    return sum(sizes) * images * epochs * (run.flags.get("image_size", 32) / 32) ** 2
+
+
+def tasks_of(tasks: dict[str, Any], classes: int, seed: int) -> list[list[int]]:
+    return checked_tasks(classes, tasks["num_tasks"], share(str(tasks["diminish_rate"])), seed)
+
+
+def write_tasks(run: Run, data_dir: Path) -> None:
+    """A run's task CSVs. Raises UserError."""
+    tasks, seed = run.tasks, run.seed
+    names, rows = folder_images(data_dir, data_dir, "train")
+    if tasks.get("images_per_class"):
+        rows = pick(rows, tasks["images_per_class"], seed, "thin")
+    if tasks.get("held_out"):  # no test image is read
+        held = set(pick(rows, round(tasks["images_per_class"] * tasks["held_out"]), seed, "held_out"))
+        rows, test = [row for row in rows if row not in held], [row for row in rows if row in held]
+    else:
+        _, test = folder_images(data_dir, data_dir, "test")
+    classes = tasks_of(tasks, len(names), seed)
+    files: dict[str, str] = {}
+    for side, of_side in (("train", rows), ("test", test)):
+        files |= csv_files(tasks["dataset"], side, rows_of_tasks(of_side, classes))
+    write_all({run.csv_dir / name: text for name, text in files.items()})
+
+
+def pick(rows: Rows, n: int, seed: int, purpose: str) -> Rows:
+    """``n`` images of each class, the same ones for a seed."""
+    labels = [label for _, label in rows]
+    return [rows[i] for i in lowest([image for image, _ in rows], labels, dict.fromkeys(labels, n), seed, purpose)]

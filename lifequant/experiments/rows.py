@@ -1,0 +1,258 @@
+"""For scripts/report.py: runs grouped over seeds into rows and tables, and what may be said of their differences."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lifequant.common.errors import UserError
+from lifequant.config import free_names
+from lifequant.experiments.compare import MEMORY, mean_shift
+from lifequant.results.table import not_b_bit
+
+try:
+    from scipy import stats
+except ImportError:
+    raise UserError("reports need scipy: pip install 'lifequant[plot]'") from None
+
+IGNORED = frozenset({"seed", "start_task"})  # a run forked at task 1 is the same, bit for bit, as one run alone
+LEVEL = 0.05  # two-sided
+
+
+class Run(NamedTuple):
+    """A results.json: the row it belongs to, where it lies (for messages), what it holds."""
+
+    label: str
+    place: str
+    results: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.results["config"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def joint(self) -> bool:
+        return len(self.results["top1"]) < len(self.results["tasks"])
+
+
+@dataclass
+class Row:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def exceeds(self) -> str:
+        return next((text for run in self.runs if (text := not_b_bit(run.results))), "")
+
+    def values(self, metric: Metric) -> dict[int, float]:
+        """{seed: value}; a run in which it is undefined is left out."""
+        found = {run.seed: metric.of(run.results) for run in self.runs}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def minus(self, other: Row, metric: Metric) -> list[float]:
+        """Differences over the seeds that both have."""
+        mine, its = self.values(metric), other.values(metric)
+        return [mine[seed] - its[seed] for seed in mine if seed in its]
+
+    def mean(self, metric: Metric) -> float | None:
+        values = self.values(metric)
+        return statistics.fmean(values.values()) if values else None
+
+
+class Metric(NamedTuple):
+    """A column. ``better``: 1 where more is better, -1 where less is, 0 where no best is named."""
+
+    name: str
+    head: str
+    digits: int
+    better: int
+    of: Callable[[dict[str, Any]], float | None]
+
+
+def masked(results: dict[str, Any]) -> float:
+    return statistics.fmean(results["top1_masked"][-1])
+
+
+def other_bytes(memory: dict[str, float]) -> float:
+    return sum(size for kind, size in memory.items() if kind not in MEMORY)
+
+
+def _bytes_of(kind: str) -> Callable[[dict[str, Any]], float]:
+    return lambda results: results["memory_bytes"].get(kind, 0) / 1000
+
+
+SCORES = (
+    Metric("average_accuracy", "average (%)", 2, 1, lambda r: r["average_accuracy"]),
+    Metric("task_masked_accuracy", "task-masked (%)", 2, 1, masked),
+    Metric("forgetting", "forgetting", 2, -1, lambda r: r["forgetting"]),
+    Metric("bwt", "BWT", 2, 1, lambda r: r["bwt"]),
+    Metric("space_shift", "space shift", 4, -1, lambda r: mean_shift(r["space_shift"])),
+)
+ACCURACY, FORGETTING, SHIFT = SCORES[0], SCORES[2], SCORES[4]
+COSTS = (
+    *(Metric(f"{kind}_kB", kind.replace("packed_", "") + " kB", 1, 0, _bytes_of(kind)) for kind in MEMORY),
+    Metric("other_kB", "other kB", 1, 0, lambda r: other_bytes(r["memory_bytes"]) / 1000),
+    Metric("total_kB", "total kB", 1, 0, lambda r: sum(r["memory_bytes"].values()) / 1000),
+    Metric("images_per_second", "images/s", 0, 0, lambda r: r["images_per_second"]),
+)
+TOTAL, SPEED = COSTS[-2], COSTS[-1]
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """All that two runs of a row have in common: the configuration, and how many classes and images the tasks have."""
+    kept = {name: value for name, value in run.config.items() if name not in IGNORED | free_names()}
+    tasks = run.results["tasks"]
+    kept["number of tasks"] = len(tasks)
+    kept["classes a task"] = [len(task["classes"]) for task in tasks]
+    for images in ("train_images", "test_images"):
+        kept[f"{images} a task"] = [task[images] for task in tasks]
+    # Not their images a task: how many of the stored ones have a class that the task lacks goes by the seed.
+    kept["bytes of replay"] = run.results["memory_bytes"]["replay"]
+    return kept
+
+
+def refuse_to_mix(runs: Sequence[Run]) -> None:
+    """Raises UserError where runs of one label differ in anything but the seed, or have a seed twice."""
+    first, seeds = runs[0], {runs[0].seed: runs[0]}
+    expected = settings(first)
+    for run in runs[1:]:
+        found, none = settings(run), object()
+        for name in dict.fromkeys([*expected, *found]):
+            a, b = expected.get(name, none), found.get(name, none)
+            if a != b:
+                values = ", ".join("none" if value is none else json.dumps(value)[:60] for value in (a, b))
+                raise UserError(
+                    f"{first.place} and {run.place}: one row ({run.label}), but {name} differs ({values}): "
+                    "only runs that differ in nothing but the seed are averaged; give them folders of other names"
+                )
+        if run.seed in seeds:
+            raise UserError(
+                f"{seeds[run.seed].place} and {run.place}: one row ({run.label}), and both have seed {run.seed}"
+            )
+        seeds[run.seed] = run
+
+
+def group(runs: Sequence[Run]) -> list[Row]:
+    """Rows by label; labels that share all settings and no seed are one row. Raises UserError (see refuse_to_mix)."""
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, []).append(run)
+    alike: dict[str, list[str]] = {}
+    for label, members in by_label.items():
+        refuse_to_mix(members)
+        alike.setdefault(json.dumps(settings(members[0]), sort_keys=True), []).append(label)
+    rows = []
+    for labels in alike.values():
+        together = [run for label in labels for run in by_label[label]]
+        if len({run.seed for run in together}) == len(together):
+            rows.append(Row(" + ".join(labels), together))
+        else:
+            rows += [Row(label, by_label[label]) for label in labels]
+    for row in rows:
+        row.runs.sort(key=lambda run: run.seed)
+    return rows
+
+
+@dataclass
+class Table:
+    """Rows at the same bit-width on the same data, best average accuracy first."""
+
+    bits: str
+    name: str  # part of file names
+    rows: list[Row]
+
+    def best(self, metric: Metric) -> Row | None:
+        """The row whose mean is best, where it differs from the second best's by more than noise. Joint training sees
+        all tasks at once and does not compete."""
+        scored = [(mean, row) for row in self.rows if not row.first.joint and (mean := row.mean(metric)) is not None]
+        if not metric.better or len(scored) < 2:
+            return None
+        (_, best), (_, second), *_ = sorted(scored, key=lambda pair: -metric.better * pair[0])
+        differences = best.minus(second, metric)
+        return best if metric.better * sum(differences) > 0 and paired_t_test(differences) < LEVEL else None
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One for each bit-width and data set."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        config, common = row.first.config, settings(row.first)
+        data = [common[key] for key in ("dataset", "image_size", "classes a task", "train_images a task")]
+        key = json.dumps([config["bitW"], config["abitW"], *data, common["test_images a task"]])
+        found.setdefault(key, []).append(row)
+    result: list[Table] = []
+    for _, members in sorted(found.items(), key=lambda item: (-json.loads(item[0])[0], item[0])):
+        bits, activations = (members[0].first.config[name] for name in ("bitW", "abitW"))
+        alone = bits == activations
+        name = f"{bits}bit" if alone else f"w{bits}a{activations}"
+        same = sum(table.name.split("_")[0] == name for table in result)
+        members.sort(key=lambda row: (-(row.mean(ACCURACY) or 0.0), row.label))
+        title = f"{bits} bits" if alone else f"{bits}-bit weights, {activations}-bit activations"
+        if same:  # other data
+            name, title = f"{name}_{same + 1}", f"{title} ({same + 1})"
+        result.append(Table(title, name, members))
+    return result
+
+
+def paired_t_test(differences: Sequence[float]) -> float:
+    """p, two-sided, of Student's t-test that the differences' mean is 0; 1 where fewer than two are there."""
+    if len(differences) < 2:
+        return 1.0
+    if len(set(differences)) == 1:
+        return 0.0 if differences[0] else 1.0
+    return float(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float] | None:
+    """(rho, the ends of its 95 % interval by Fisher's z with Bonett and Wright's standard error); None where undefined."""
+    if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    rho = float(stats.spearmanr(x, y).statistic)
+    if abs(rho) > 1 - 1e-12:
+        return math.copysign(1.0, rho), -1.0, 1.0
+    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
+    return rho, math.tanh(math.atanh(rho) - half_width), math.tanh(math.atanh(rho) + half_width)
+
+
+def shift_and_forgetting(title: str, rows: Sequence[Row]) -> str:
+    """Whether runs whose weights moved less forgot less."""
+    pairs = [(SHIFT.of(run.results), FORGETTING.of(run.results)) for row in rows for run in row.runs]
+    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
+    found = spearman([a for a, _ in pairs], [b for _, b in pairs])
+    if found is None:
+        return f"{title}: undefined (n = {len(pairs)} runs)"
+    rho, low, high = found
+    if abs(rho) == 1:
+        return f"{title}: {rho:+.2f}, no interval at this extreme (n = {len(pairs)} runs)"
+    return f"{title}: {rho:+.2f}, 95 % interval {low:+.2f} .. {high:+.2f} (n = {len(pairs)} runs)"
+
+
+def error_growth(run: Run) -> list[float] | None:
+    """xi(s, T) / xi(s, s) of each former task s, T the last; None where a network has no quantization error."""
+    xi = run.results["quantization_error"]
+    if run.joint or len(xi) < 2 or any(xi[s][s] <= 0 or xi[-1][s] <= 0 for s in range(len(xi) - 1)):
+        return None
+    return [xi[-1][s] / xi[s][s] for s in range(len(xi) - 1)]
+
+
+def errors_that_fell(rows: Sequence[Row]) -> str:
+    """How often the last model's quantization error on a former task is below that of the model of that task's time."""
+    found = [ratio for row in rows for run in row.runs for ratio in error_growth(run) or ()]
+    if not found:
+        return "no quantization error of a former task"
+    fell = sum(ratio < 1 for ratio in found)
+    return f"below 1 in {fell} of {len(found)} cases, from {min(found):.2f} to {max(found):.2f}"

@@ -1,0 +1,281 @@
+"""Run a grid of runs, a few at a time; what has finished is never run again.
+
+    python scripts/sweep.py GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --jobs 2
+    python scripts/sweep.py GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --dry_run
+    python scripts/sweep.py GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --slurm --partition gpu --gpus 1
+
+What a grid holds is said in grid.py. A run has a folder OUT/runs/KEY, its key being its settings but for paths, its tasks
+and its source: two grids with the same OUT share the runs that they have in common. Runs whose task 0 is the same train it
+once: the others fork from the first (--start_task 1 --from), to the same numbers as alone (tests/test_sweep.py; with
+--compile to the same but for rounding where a method's loss is another graph, which a quantized net soon magnifies). Each
+run is a process of main.py with --resume True and its share of the cores, so that a sweep that was stopped goes on where its
+runs stood. OUT/GRID/ROW/.../seedN/results.json are copies of the finished runs' results, for report.py. A run that failed
+is moved to OUT/failed/KEY, with its last line in failed.txt, and left out until --retry; the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from lifequant.common.arguments import Parser, int_at_least
+from lifequant.common.errors import one_line
+from lifequant.experiments import result_files
+from lifequant.experiments.grid import Run, read_grid, runs_of_grid, weight, write_tasks
+from lifequant.experiments.slurm import TRAIN, Slurm, python_path
+
+LOG = f"sweep{os.getpid()}.log"  # what a run said to this sweep, in its folder
+GUESS = 200.0  # images of 32 pixels a second and core: what a time is reckoned from before a run has finished
+IN_USE = "is in use by"  # another sweep, or one that was killed, has this run under way
+WAIT = 0.3  # seconds between looks
+
+
+class Executor(Protocol):
+    """Where runs are started. ``slots``: how many at a time."""
+
+    slots: int
+
+    def start(self, arguments: list[str], log: Path) -> Any: ...
+
+    def code(self, handle: Any) -> int | None:
+        """The exit code of a run; None while it goes on."""
+
+    def stop(self, handles: list[Any]) -> None:
+        """The sweep is stopped: what becomes of the runs that are under way."""
+
+
+class Local:
+    """Processes of this machine; the cores are shared out among them."""
+
+    def __init__(self, jobs: int) -> None:
+        self.slots = jobs
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": python_path(),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        }
+
+    def start(self, arguments: list[str], log: Path) -> subprocess.Popen:
+        with log.open("w", encoding="utf-8") as out:
+            words = [sys.executable, *TRAIN, *arguments]
+            return subprocess.Popen(
+                words, stdout=out, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+            )
+
+    def code(self, handle: subprocess.Popen) -> int | None:
+        return handle.poll()
+
+    def stop(self, handles: list[subprocess.Popen]) -> None:
+        for handle in handles:
+            handle.terminate()  # they write a checkpoint
+        for handle in handles:
+            handle.wait()
+
+
+class Sweep:
+    """The runs of a grid and where each stands."""
+
+    def __init__(
+        self,
+        runs: list[Run],
+        data_dir: Path,
+        out: Path,
+        view: Path,
+        executor: Executor,
+        have: dict[str, dict[str, Any]],
+    ) -> None:
+        self.runs, self.data_dir, self.out, self.view, self.executor, self.have = (
+            runs,
+            data_dir,
+            out,
+            view,
+            executor,
+            have,
+        )
+        self.weights = {run.folder: weight(run, data_dir) for run in runs}
+        self.times = {run.folder: spent(self.results(run)) for run in runs if self.finished(run)}
+        self.waiting = [run for run in runs if run.folder not in self.times and not self.failure(run)]
+        self.going: dict[Path, tuple[Run, Any]] = {}
+        self.later: dict[Path, float] = {}  # in use elsewhere: when to look again
+
+    def file(self, run: Run) -> Path:
+        """results.json of a run; that of progressive bits is its last rung's."""
+        schedule = str(run.flags.get("bit_schedule", ""))
+        return run.folder / (f"{schedule.split(',')[-1]}bit" if schedule else "") / "results.json"
+
+    def finished(self, run: Run) -> bool:
+        return self.file(run).is_file() or run.folder.name in self.have
+
+    def results(self, run: Run) -> dict[str, Any]:
+        file = self.file(run)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.have[run.folder.name]
+
+    def failure(self, run: Run) -> str | None:
+        """The last line of a run that failed, or of one that it should have begun from."""
+        for folder in (run.folder, *run.after):
+            file = self.out / "failed" / folder.name / "failed.txt"
+            if file.is_file():
+                return file.read_text(encoding="utf-8").strip()
+        return None
+
+    def seconds(self, runs: list[Run]) -> tuple[float, bool]:
+        """How long ``runs`` take on ``slots`` places, and whether a finished run says so."""
+        if self.times:
+            rate = sum(self.weights[folder] for folder in self.times) / sum(self.times.values())
+        else:
+            rate = GUESS * max(1, (os.cpu_count() or 1) // self.executor.slots)
+        return sum(self.weights[run.folder] for run in runs) / rate / self.executor.slots, bool(self.times)
+
+    def go(self) -> None:
+        """Until nothing is left to do."""
+        signal.signal(signal.SIGTERM, interrupted)
+        for run in self.runs:
+            if run.folder in self.times:  # another grid may have run it
+                result_files.show_result(self.view, run, self.results(run))
+        for run in {run.csv_dir: run for run in self.waiting}.values():
+            write_tasks(run, self.data_dir)
+        with tqdm(total=len(self.runs), initial=len(self.runs) - len(self.waiting), unit="run") as bar:
+            try:
+                while self.waiting or self.going:
+                    if self.turn(bar):
+                        self.tell(bar)
+                    time.sleep(WAIT)
+            except BaseException:
+                self.executor.stop([handle for _, handle in self.going.values()])
+                raise
+
+    def turn(self, bar: tqdm) -> bool:
+        """Take up what has ended, start what can be; whether there was anything."""
+        ended = [(run, code) for run, at in self.going.values() if (code := self.executor.code(at)) is not None]
+        for run, code in ended:
+            del self.going[run.folder]
+            self.ended(run, code, bar)
+        ready = [run for run in self.waiting if self.ready(run)][: self.executor.slots - len(self.going)]
+        for run in ready:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            self.going[run.folder] = run, self.executor.start(run.arguments(self.data_dir), run.folder / LOG)
+        lost = [run for run in self.waiting if self.failure(run)]
+        if lost:
+            bar.update(len(lost))
+        self.waiting = [run for run in self.waiting if run not in ready and run not in lost]
+        return bool(ended or ready or lost)
+
+    def ready(self, run: Run) -> bool:
+        return all(folder in self.times for folder in run.after) and time.monotonic() >= self.later.get(run.folder, 0)
+
+    def tell(self, bar: tqdm) -> None:
+        """The time left and the failures, behind the bar."""
+        left, _ = self.seconds([*self.waiting, *(run for run, _ in self.going.values())])
+        failed = sum(self.failure(run) is not None for run in self.runs)
+        bar.set_postfix_str(f"about {duration(left)} left" + f", {failed} failed" * bool(failed))
+
+    def ended(self, run: Run, code: int, bar: tqdm) -> None:
+        if code == 0 and self.finished(run):
+            self.times[run.folder] = spent(self.results(run))
+            result_files.show_result(self.view, run, self.results(run))
+        elif IN_USE in (line := last_line(run.folder / LOG)):
+            self.later[run.folder] = time.monotonic() + 10
+            self.waiting.append(run)
+            return
+        else:
+            kept = self.out / "failed" / run.folder.name
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(exist_ok=True)
+            run.folder.rename(kept)
+            (kept / "failed.txt").write_text(f"exit code {code}: {line}\n", encoding="utf-8")
+            tqdm.write(f"{run.name} failed: {line}")
+        bar.update()
+
+
+def spent(results: dict[str, Any]) -> float:
+    """Seconds, the process's start included."""
+    return results["seconds"] + sum(results["time_share"][part] for part in ("startup_seconds", "compile_seconds"))
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    return one_line(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"))
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "1 min"
+
+
+def plan(sweep: Sweep) -> str:
+    """What there is to do, a line a run, and how long it will take."""
+    lines = []
+    for run in sweep.runs:
+        state = "finished" if run.folder in sweep.times else "failed" if sweep.failure(run) else "to run"
+        first = " after task 0 of another" if run.flags.get("start_task") else ""
+        lines.append(f"{state:<8} {run.folder.name} {run.name}{first}")
+    seconds, known = sweep.seconds(sweep.waiting)
+    basis = "as fast as those finished" if known else f"guessed at {GUESS:.0f} images a second and core"
+    lines.append(
+        f"{len(sweep.runs)} runs, {len(sweep.waiting)} to do, {sweep.executor.slots} at a time: about {duration(seconds)}, {basis}"
+    )
+    return "\n".join(lines)
+
+
+def interrupted(*_: Any) -> None:
+    """SIGTERM ends a sweep as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(description="Run a grid of runs, a few at a time.")
+    parser.add_argument("grid", help="TOML, as grid.py says")
+    parser.add_argument("--data_dir", required=True, help="folder with train/<class>/* and test/<class>/*")
+    parser.add_argument("--out", required=True, help="folder of the runs and of their results; grids may share it")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="show the runs and the time they would take; write nothing"
+    )
+    parser.add_argument("--jobs", type=int_at_least(1), default=1, help="runs at a time (with --slurm: in the queue)")
+    parser.add_argument(
+        "--have", nargs="+", default=[], metavar="FOLDER", help="results of runs that are not to run again"
+    )
+    parser.add_argument("--retry", action="store_true", help="run those again that failed")
+    parser.add_argument("--slurm", action="store_true", help="submit the runs to Slurm (pip install lifequant[slurm])")
+    parser.add_argument("--partition", help="of Slurm")
+    parser.add_argument("--gpus", type=int_at_least(0), default=0, help="GPUs a run, of Slurm")
+    parser.add_argument("--cpus", type=int_at_least(1), default=2, help="cores a run, of Slurm")
+    parser.add_argument(
+        "--minutes", type=int_at_least(1), default=240, help="a run's time limit, of Slurm; it is requeued then"
+    )
+    parser.add_argument(
+        "--cluster", choices=("slurm", "local"), default="slurm", help="local: try the way to Slurm without it"
+    )
+    args = parser.parse_args(argv)
+    grid, out, data_dir = Path(args.grid), Path(args.out).resolve(), Path(args.data_dir).resolve()
+    have = result_files.shown_results(args.have)
+    runs = runs_of_grid(read_grid(grid), out, args.grid, have)
+    if args.slurm:
+        executor: Executor = Slurm(args, out / "slurm")
+    else:
+        executor = Local(args.jobs)
+    if args.retry and not args.dry_run:
+        for run in runs:
+            shutil.rmtree(out / "failed" / run.folder.name, ignore_errors=True)
+    sweep = Sweep(runs, data_dir, out, out / grid.stem, executor, have)
+    print(plan(sweep), flush=True)
+    if args.dry_run:
+        return 0
+    result_files.clear_former_results(sweep.view, runs, out)
+    sweep.go()
+    failed = {run.name: line for run in runs if (line := sweep.failure(run))}
+    for name, line in failed.items():
+        print(f"failed: {name}: {line}")
+    print(f"{len(sweep.times)} of {len(runs)} runs finished: {args.out}/{grid.stem}")
+    return 1 if failed else 0
