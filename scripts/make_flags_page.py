@@ -1,4 +1,4 @@
-"""Write docs/flags.md: every flag of ``lifequant train``, a table for each group, from the parser itself.
+"""Write docs/flags.md: every flag of ``lifequant train``, a table for each group, and all registered names.
 
 python scripts/make_flags_page.py
 """
@@ -60,6 +60,7 @@ def page() -> str:
             find(name).add_args(group)
             if group._group_actions:
                 parts.append(f"\n### {kind.capitalize()} {name}\n\n{group_table(group)}\n")
+    parts.append(f"\n## Names\n\n`lifequant list` prints these names.\n\n```\n{registry.describe()}\n```\n")
     return "".join(parts)
 
 
