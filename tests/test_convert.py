@@ -141,7 +141,7 @@ def test_user_errors():
     model, q = net()
     for wrong, words in {
         "already quantized": lambda: quantize_model(q),
-        "no layer to quantize": lambda: quantize_model(nn.Sequential(nn.GELU(), nn.BatchNorm2d(3))),
+        "that can be quantized": lambda: quantize_model(nn.Sequential(nn.GELU(), nn.BatchNorm2d(3))),
         "eager nn.Module": lambda: quantize_model(torch.jit.script(nn.Linear(2, 2))),
         "weight_bits: 7": lambda: quantize_model(model, weight_bits=7),
         "did you mean 'proxq'": lambda: quantize_model(model, "prox"),
