@@ -26,7 +26,7 @@ def test_averages():
     assert metrics.average_incremental_accuracy(R) == pytest.approx((80 + 65 + 125 / 3) / 3)
 
 
-def test_averages_of_a_task_never_learnt():
+def test_averages_of_a_task_never_learned():
     """Its 0 % counts in every average."""
     assert metrics.average_accuracy(NEVER) == pytest.approx(50 / 3)
     assert metrics.average_accuracy_weighted(NEVER, [50, 30, 20]) == pytest.approx(0.3 * 40 + 0.2 * 10)

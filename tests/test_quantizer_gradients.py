@@ -178,7 +178,7 @@ REFERENCES: dict[str, tuple[Reference, Reference]] = {
     "uniform": (uniform, lsq("activation")),
     "proxq": (proxq, lsq("activation")),
 }
-LEARNT = {"proxq": {"learn_c": True}}
+LEARNED = {"proxq": {"learn_c": True}}
 
 
 def inputs(quant: nn.Module, kind: str, seed: int) -> tuple[Array, Array]:
@@ -209,7 +209,7 @@ def test_gradient(name, bits, kind):
     """Output, input's gradient and parameters' gradients, with values inside and values that are clipped."""
     if name not in REFERENCES:
         pytest.fail(f"write the gradients of {name!r} down in REFERENCES of {__file__}")
-    quant = getattr(registry.quantizer(name, **LEARNT.get(name, {})), kind)(bits).double()
+    quant = getattr(registry.quantizer(name, **LEARNED.get(name, {})), kind)(bits).double()
     x, dy = inputs(quant, kind, bits)
     quant.calibrate(torch.tensor(x))
     with torch.no_grad():

@@ -43,7 +43,7 @@ lr = 1e30
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Four classes of a colour each."""
+    """Four classes of a color each."""
     root = tmp_path_factory.mktemp("images")
     for label in range(4):
         for side, count in (("train", 6), ("test", 2)):

@@ -1,6 +1,6 @@
-"""Two small tables from the results.json of runs: what was learnt and forgotten, and what it cost.
+"""Two small tables of a few runs: what they learned and forgot, and what it cost.
 
-python scripts/compare.py experiment/quickstart/original experiment/quickstart/ours
+lifequant compare experiment/quickstart/original experiment/quickstart/ours
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cost_row(results: dict[str, Any]) -> list[str]:
 
 
 def table(heads: Sequence[tuple[str, int]], rows: dict[str, list[str]]) -> str:
-    """At most 80 columns; texts are cut at their column, the first one (the run's name) takes what is left."""
+    """A table of at most 80 columns. Texts are cut at their column; the first column, the run's name, takes what is left."""
     first = min(80 - sum(width + 1 for _, width in heads), max(3, *map(len, rows)))
     lines = [f"{'run':<{first}}" + "".join(f" {head:>{width}}" for head, width in heads)]
     for name, cells in rows.items():
@@ -92,7 +92,9 @@ def compare(runs: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Print the tables. Raises UserError."""
     parser = Parser(description="Compare runs by their results.json.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its results.json")
     print(compare(read_all(parser.parse_args(argv).runs)))
+    return 0

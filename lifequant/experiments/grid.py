@@ -1,4 +1,4 @@
-"""A sweep's grid: a TOML file -> the runs that it stands for.
+"""A grid is a TOML file that stands for many runs. This is what it looks like:
 
 title = "what is asked"
 [tasks]                        # the task CSVs, made once a seed: flags of lifeLongDataGeneator.py
@@ -8,10 +8,10 @@ diminish_rate = 50
 images_per_class = 100         # and held_out = 0.2 where a share of them is to stand for the test images
 [source]                       # the 32-bit model of task 0 that all runs begin from, one a seed; may be left out
 num_epochs = 20
-[flags]                        # flags of main.py for all runs; lists are taken in all combinations
+[flags]                        # flags of all runs; lists are taken in all combinations
 bitW = [4, 2]
 seed = [0, 1, 2]
-[rows.ours]                    # one table a row, with its own flags; lists here, too; source = false begins anew
+[rows.ours]                    # a row with flags of its own, lists too; source = false begins from nothing
 [rows."ours, no penalty"]
 penalty = "none"
 [exclude."joint has one row"]  # combinations to leave out, and why
@@ -65,7 +65,7 @@ OURS = ("csv_dir", "data_dir", "job_dir", "resume", "reset", "start_task", "from
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep. ``name``: where its results are shown; ``folder``: where it runs, called by its key."""
+    """One run of a sweep. Its results are shown under ``name``; it runs in ``folder``, which has the run's key as its name."""
 
     name: str
     flags: dict[str, Any]
@@ -83,11 +83,11 @@ class Run:
 
     @property
     def csv_dir(self) -> Path:
-        """Of its tasks; they differ by seed."""
+        """The folder of its task CSVs, which differ by seed."""
         return self.folder.parents[1] / "tasks" / digest([self.tasks, self.seed])
 
     def arguments(self, data_dir: Path) -> list[str]:
-        """What main.py is called with. Raises UserError for what it would refuse."""
+        """The command line of the run. Raises UserError for flags that the run would refuse."""
         flags = {**self.flags, "csv_dir": self.csv_dir, "data_dir": data_dir, "job_dir": self.folder, "resume": True}
         return [
             word
@@ -100,12 +100,12 @@ ADDED = {"optimizer": "sgd"}  # settings that came later: at these values a run 
 
 
 def digest(value: Any) -> str:
-    """12 hexadecimal digits of what is JSON-ready."""
+    """12 hexadecimal digits that stand for a JSON-ready value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_grid(path: Path, rows: bool = True) -> dict[str, Any]:
-    """A grid's content, checked for its parts; without ``rows`` that of a search. Raises UserError."""
+    """The content of a grid's file, after a check of its parts; ``rows=False`` reads the grid of a search. Raises UserError."""
     parts = PARTS if rows else OF_A_SEARCH
     try:
         import tomllib
@@ -139,7 +139,7 @@ def read_grid(path: Path, rows: bool = True) -> dict[str, Any]:
 
 
 def runs_of_grid(grid: dict[str, Any], out: Path, where: str, have: Container[str] = ()) -> list[Run]:
-    """All runs of a grid, sources first, each after what it begins from. Raises UserError naming row and flag.
+    """All runs of a grid in an order in which each comes after the run that it begins from.
 
     ``have``: keys of runs of which the results alone are there, so that none can begin from them.
     """
@@ -177,13 +177,13 @@ def combinations(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], li
 
 
 def matches(rule: dict[str, Any], row: str, flags: dict[str, Any]) -> bool:
-    """Whether an exclusion's every entry, a value or a list of them, is so."""
+    """Whether every entry of an exclusion, a value or a list of values, is true of the run."""
     is_so = {**flags, "row": row}
     return all(is_so.get(name) in (value if isinstance(value, list) else [value]) for name, value in rule.items())
 
 
 def planned(name: str, flags: dict[str, Any], grid: dict[str, Any], out: Path, where: str) -> tuple[Run, Run | None]:
-    """The run and the source that it begins from, where it does."""
+    """The run, and the source that it begins from; None if it begins from nothing."""
     flags = dict(flags)
     wanted = flags.pop("source", True) and "source" in grid
     tasks = grid["tasks"]
@@ -204,7 +204,10 @@ def planned(name: str, flags: dict[str, Any], grid: dict[str, Any], out: Path, w
 def run_folder_of(
     flags: dict[str, Any], tasks: dict[str, Any], source: str | None, out: Path, where: str, name: str
 ) -> Path:
-    """The folder of a run: its key is of its settings but paths and what may change on the way, its tasks and source."""
+    """The folder of a run. The key in its name stands for the run's settings, tasks and source.
+
+    Paths, and settings that may change when a run is resumed, are not part of the key.
+    """
     try:
         config = make(**flags).asdict(paths=False)
     except UserError as error:
@@ -223,7 +226,7 @@ def checked(run: Run, where: str) -> Config:
 
 
 def forked(run: Run, config: Config, leaders: list[tuple[Run, Config]]) -> Run:
-    """``run``, begun at task 1 where a former run's task 0 is the same as its own; else it is one that others may begin from."""
+    """``run``, or the run that begins at task 1 if another run has the same task 0; else others may begin from this one."""
     at_one = replace(config, start_task=1)
     if run.tasks["num_tasks"] > 1 and not config.bit_schedule:
         for leader, settings in leaders:
@@ -236,7 +239,7 @@ def forked(run: Run, config: Config, leaders: list[tuple[Run, Config]]) -> Run:
 
 
 def weight(run: Run, data_dir: Path) -> float:
-    """Images of 32 pixels that a run trains on, roughly: what its time is reckoned from."""
+    """About how many images of 32 pixels a run trains on; its time is estimated from this."""
     tasks = run.tasks
     names = class_names(data_dir / "train")
     sizes = [len(labels) for labels in tasks_of(tasks, len(names), run.seed)]
@@ -251,7 +254,7 @@ def tasks_of(tasks: dict[str, Any], classes: int, seed: int) -> list[list[int]]:
 
 
 def write_tasks(run: Run, data_dir: Path) -> None:
-    """A run's task CSVs. Raises UserError."""
+    """Write the task CSVs of a run. Raises UserError."""
     tasks, seed = run.tasks, run.seed
     names, rows = folder_images(data_dir, data_dir, "train")
     if tasks.get("images_per_class"):

@@ -1,4 +1,4 @@
-"""The accuracy matrices of runs side by side, as one picture.
+"""Draw the accuracy matrices of runs side by side.
 
 python scripts/plot_matrices.py experiment/quickstart/original experiment/quickstart/ours --out docs/matrices.png
 """
@@ -13,7 +13,8 @@ from lifequant.common.errors import UserError, one_line
 from lifequant.experiments.result_files import read_all
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Draw the picture. Raises UserError."""
     parser = Parser(description="Draw the accuracy matrices of runs by their results.json.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its results.json")
     parser.add_argument("--out", default="matrices.png", help="the picture: .png, .svg or .pdf")
@@ -50,3 +51,4 @@ def main(argv: Sequence[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     print(f"wrote {one_line(out)}")
+    return 0

@@ -1,4 +1,4 @@
-"""The pictures of scripts/report.py; needs matplotlib (extra ``plot``). Colours can be told apart by the colour-blind."""
+"""The pictures of a report. They need matplotlib (extra ``plot``). Their colors suit color-blind readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lifequant.experiments.rows import ACCURACY, FORGETTING, SPEED, TOTAL, Row, Table, error_growth
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F")
 MARKERS = "osD^vPX*<>"
 LINES, MATRICES, BARS, POINTS = 10, 12, 4, 40  # rows a picture has room for
 WIDE, DPI = 7.6, 110  # inches, and pixels an inch: 836 pixels, what a README shows
@@ -17,12 +17,12 @@ LONGEST = 30
 
 
 def average(values: Sequence[Sequence[float]]) -> list[float]:
-    """Place by place over seeds."""
+    """The mean of each entry over seeds."""
     return [statistics.fmean(place) for place in zip(*values, strict=True)]
 
 
 def mean_matrix(row: Row) -> list[list[float]]:
-    """R, mean over seeds."""
+    """R, the mean over seeds."""
     return [average([run.results["top1"][t] for run in row.runs]) for t in range(len(row.first.results["top1"]))]
 
 
@@ -41,7 +41,7 @@ def layer_shifts(results: dict[str, Any]) -> dict[str, float]:
 
 
 def short_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Labels without the folders that all have in common, at either end, cut in front; a $ would begin a formula."""
+    """Short labels: without the folders that all have in common, and cut in front. A $ is escaped, since it begins a formula."""
     parts = [row.label.split("/") for row in rows]
     for end in (0, -1):
         while len(rows) > 1 and all(len(p) > 1 and p[end] == parts[0][end] for p in parts):
@@ -53,7 +53,7 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def spread_out(axis: Any, side: str, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers where the values span more than a factor of 5."""
+    """Make an axis logarithmic, with plain numbers, if its values span more than a factor of 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if min(values) <= 0 or max(values) <= 5 * min(values):
@@ -66,13 +66,13 @@ def spread_out(axis: Any, side: str, values: Sequence[float]) -> None:
 
 
 class Painter:
-    """Draws one table's pictures; a row looks the same in each."""
+    """Draws the pictures of one table. A row has the same color and marker in each."""
 
     def __init__(self, table: Table) -> None:
         self.table, self.rows = table, table.rows
         self.names = short_names(table.rows)
         self.look = {
-            row.label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+            row.label: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)]}
             for i, row in enumerate(table.rows)
         }
         self.tasks = [task["id"] for task in table.rows[0].first.results["tasks"]]
@@ -88,7 +88,7 @@ class Painter:
         return figure, axes
 
     def lines(self, values: dict[str, Sequence[float]], ticks: Sequence[Any], turned: bool = False) -> tuple[Any, Any]:
-        """A line a row over places that have names; the legend stands beside, in the order of the lines' right ends."""
+        """A line for each row over named positions. The legend beside has the order of the lines' right ends."""
         figure, axes = self.figure(4.4 if turned else 3.6)
         axis = axes[0][0]
         for label, ys in sorted(values.items(), key=lambda item: -item[1][-1]):
@@ -114,8 +114,8 @@ class Painter:
             shown = axis.imshow(R, cmap="Blues", vmin=0, vmax=100)
             for t, values in enumerate(R if size <= 10 else []):
                 for i, value in enumerate(values):
-                    colour = "white" if value > 60 else "black"
-                    axis.text(i, t, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+                    color = "white" if value > 60 else "black"
+                    axis.text(i, t, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8)
             axis.set_title(
                 f"{name if len(name) <= 24 else '…' + name[-23:]}\naverage {row.mean(ACCURACY):.1f}", fontsize=8
             )
@@ -207,7 +207,7 @@ class Painter:
         return figure
 
     def points(self, x: Callable[[Row], float | None], y: Callable[[Row], float | None], log: bool) -> tuple[Any, Any]:
-        """A point a row; the names stand in a column beside, in the points' order, none upon another."""
+        """A point for each row. The names stand beside in a column, in the order of the points, so that none covers another."""
         found = [(x(row), y(row), row.label) for row in self.rows[:POINTS]]
         found = sorted(((a, b, label) for a, b, label in found if a and b is not None), key=lambda point: point[1])
         if not found:
@@ -266,7 +266,7 @@ PICTURES = (
 
 
 def draw(table: Table, out: Path) -> Iterator[tuple[str, str]]:
-    """Writes the table's pictures into ``out``; gives each one's file name and what it shows."""
+    """Write the table's pictures into ``out``. Returns (file name, caption) of each."""
     painter = Painter(table)
     for paint, room in PICTURES:
         figure = paint(painter)

@@ -31,43 +31,43 @@ standard error. Runs of a row are no independent samples, so the interval is the
 
 
 def label(path: Path, top: Path) -> str:
-    """The row of the results.json at ``path``, found below ``top``."""
+    """The row's name for the results.json at ``path``, which was found below ``top``."""
     parts = path.parent.relative_to(top).parts
-    whole = parts or path.resolve().parent.parts[-2:]  # the run's own folder was given
-    kept = whole[:-1] if re.fullmatch(r"seed\d+", whole[-1]) else whole
+    names = parts or path.resolve().parent.parts[-2:]  # the run's own folder was given
+    kept = names[:-1] if re.fullmatch(r"seed\d+", names[-1]) else names
     return one_line("/".join(kept if parts else kept[-1:]) or top.resolve().name)
 
 
-def _whole(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 2**63
 
 
-def _matrix(value: Any, columns: int) -> bool:
+def _is_matrix(value: Any, columns: int) -> bool:
     return isinstance(value, list) and all(
-        isinstance(row, list) and len(row) == columns and all(map(_number, row)) for row in value
+        isinstance(row, list) and len(row) == columns and all(map(_is_number, row)) for row in value
     )
 
 
 def _fault(found: dict[str, Any]) -> str | None:
-    """The first entry that isn't as a run writes it, beyond what checked_results looks at."""
+    """The first entry that no run writes in this form, beyond what schema.check looks at; None if all are good."""
     config, tasks, size = found["config"], found["tasks"], len(found["tasks"])
     images = ("train_images", "replay_images", "test_images")
     good = {
-        "config": _whole(config.get("seed")) and all(_whole(config.get(name)) for name in NUMBERS)
+        "config": _is_count(config.get("seed")) and all(_is_count(config.get(name)) for name in NUMBERS)
         and all(isinstance(config.get(name), str) for name in ("method", "quantizer"))
         and isinstance(config.get("dataset"), str | None),
-        "tasks": tasks and all(isinstance(t.get("classes"), list) and all(_whole(t.get(n)) for n in images) for t in tasks),
+        "tasks": tasks and all(isinstance(t.get("classes"), list) and all(_is_count(t.get(n)) for n in images) for t in tasks),
         "top1": len(found["top1"]) in (1, size),
         "average_accuracy": found["average_accuracy"] is not None,
         "memory_bytes": {"packed_model", "replay"} <= found["memory_bytes"].keys(),
-        "space_shift": isinstance(found["space_shift"], dict) and all(_matrix(m, size) or _matrix(m, 1) for m in found["space_shift"].values()),
-        "quantization_error": _matrix(found["quantization_error"], size),
+        "space_shift": isinstance(found["space_shift"], dict) and all(_is_matrix(m, size) or _is_matrix(m, 1) for m in found["space_shift"].values()),
+        "quantization_error": _is_matrix(found["quantization_error"], size),
         "code_histograms": isinstance(found["code_histograms"], dict) and all(
-            isinstance(h, dict) and type(h.get("first_code")) is int and isinstance(h.get("counts"), list) and all(map(_whole, h["counts"]))
+            isinstance(h, dict) and type(h.get("first_code")) is int and isinstance(h.get("counts"), list) and all(map(_is_count, h["counts"]))
             for h in found["code_histograms"].values()),
         "versions": isinstance(found["versions"], dict),
     }  # fmt: skip
@@ -98,7 +98,8 @@ def find(folders: Sequence[str], chosen: Sequence[str] | None) -> list[Run]:
     return runs
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Write the report. Raises UserError."""
     parser = Parser(description="Tables and pictures from the results.json of runs, over seeds.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="every results.json below it is read")
     parser.add_argument("--out", help="folder of what is written (default: the first FOLDER)")
@@ -138,3 +139,4 @@ def main(argv: Sequence[str]) -> None:
     for name, content in written.items():
         (out / name).write_text(content, encoding="utf-8", newline="\n")
         print(f"wrote {one_line(out / name)}")
+    return 0

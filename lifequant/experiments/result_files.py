@@ -1,4 +1,4 @@
-"""The results.json files of runs, and the copies of them that a sweep shows: a folder a row."""
+"""Read the results.json files of runs; write the copies that a sweep shows, a folder for each row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEEDED = (
 
 
 def read(given: str) -> tuple[str, dict[str, Any]]:
-    """(the run's name, results.json's content) of a run's folder or of the file itself. Raises UserError."""
+    """(the run's name, the content of its results.json); ``given`` is the run's folder or the file. Raises UserError."""
     path = Path(given)
     path = path / "results.json" if path.is_dir() else path
     try:
@@ -39,7 +39,7 @@ def read(given: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_all(given: list[str]) -> dict[str, dict[str, Any]]:
-    """{name: results}; runs whose folders are called alike are told apart by the folders above. Raises UserError."""
+    """{name: results}. If two runs' folders have one name, the folders above are added to it. Raises UserError."""
     found = [(Path(path), *read(path)) for path in given]
     names = [name for _, name, _ in found]
     if len(set(names)) < len(names):
@@ -50,7 +50,7 @@ def read_all(given: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def show_result(view: Path, run: Run, results: dict[str, Any]) -> None:
-    """The copy, with the run's key and the data's name; a source has no row."""
+    """Write the copy, with the run's key and the data set's name. A source has no row and no copy."""
     if not run.is_source:
         folder = view / run.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +103,9 @@ def shown_results(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def clear_former_results(view: Path, runs: Sequence[Run], out: Path) -> None:
-    """Remove what a former version of the grid has shown and this one has not, where it can be had again.
+    """Remove copies that an earlier version of the grid has shown and this one does not.
 
-    Raises UserError where it is the only copy.
+    Raises UserError if such a copy is the only one.
     """
     keys = {run.name: run.folder.name for run in runs}
     for path in sorted(view.rglob("results.json")):

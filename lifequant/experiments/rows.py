@@ -1,4 +1,4 @@
-"""For scripts/report.py: runs grouped over seeds into rows and tables, and what may be said of their differences."""
+"""Group runs over seeds into rows and tables, and test their differences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEVEL = 0.05  # two-sided
 
 
 class Run(NamedTuple):
-    """A results.json: the row it belongs to, where it lies (for messages), what it holds."""
+    """One run: the row that it belongs to, its file (for messages), and its results."""
 
     label: str
     place: str
@@ -59,7 +59,7 @@ class Row:
         return next((text for run in self.runs if (text := not_b_bit(run.results))), "")
 
     def values(self, metric: Metric) -> dict[int, float]:
-        """{seed: value}; a run in which it is undefined is left out."""
+        """{seed: value} of the runs in which the metric is defined."""
         found = {run.seed: metric.of(run.results) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -74,7 +74,7 @@ class Row:
 
 
 class Metric(NamedTuple):
-    """A column. ``better``: 1 where more is better, -1 where less is, 0 where no best is named."""
+    """A column. ``better`` is 1 if more is better, -1 if less is better, 0 if the table names no best."""
 
     name: str
     head: str
@@ -113,7 +113,7 @@ TOTAL, SPEED = COSTS[-2], COSTS[-1]
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """All that two runs of a row have in common: the configuration, and how many classes and images the tasks have."""
+    """What all runs of a row must share: the configuration, and how many classes and images the tasks have."""
     kept = {name: value for name, value in run.config.items() if name not in IGNORED | free_names()}
     tasks = run.results["tasks"]
     kept["number of tasks"] = len(tasks)
@@ -126,7 +126,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def refuse_to_mix(runs: Sequence[Run]) -> None:
-    """Raises UserError where runs of one label differ in anything but the seed, or have a seed twice."""
+    """Raises UserError if runs of one label differ in anything but the seed, or if two have the same seed."""
     first, seeds = runs[0], {runs[0].seed: runs[0]}
     expected = settings(first)
     for run in runs[1:]:
@@ -147,7 +147,7 @@ def refuse_to_mix(runs: Sequence[Run]) -> None:
 
 
 def group(runs: Sequence[Run]) -> list[Row]:
-    """Rows by label; labels that share all settings and no seed are one row. Raises UserError (see refuse_to_mix)."""
+    """Rows by label. Labels that share all settings and no seed become one row. Raises UserError (see refuse_to_mix)."""
     by_label: dict[str, list[Run]] = {}
     for run in runs:
         by_label.setdefault(run.label, []).append(run)
@@ -187,7 +187,7 @@ class Table:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """One for each bit-width and data set."""
+    """A table for each bit-width and data set."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         config, common = row.first.config, settings(row.first)
@@ -229,7 +229,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, floa
 
 
 def shift_and_forgetting(title: str, rows: Sequence[Row]) -> str:
-    """Whether runs whose weights moved less forgot less."""
+    """A line on whether runs whose weights moved less forgot less."""
     pairs = [(SHIFT.of(run.results), FORGETTING.of(run.results)) for row in rows for run in row.runs]
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
     found = spearman([a for a, _ in pairs], [b for _, b in pairs])

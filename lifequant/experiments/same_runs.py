@@ -19,7 +19,7 @@ SKIPPED = ("previous.pt",)  # the last checkpoint but one: which that is depends
 
 
 def differences(run: Path, other: Path) -> list[str]:
-    """What differs, a line each; empty where nothing does."""
+    """A line for each difference of two runs; no line if they are the same."""
     found = []
     for pattern, load in (("*.pt", checkpoint), ("results.json", results)):
         names = [
@@ -33,7 +33,7 @@ def differences(run: Path, other: Path) -> list[str]:
 
 
 def unequal(a: Any, b: Any, where: str) -> Iterator[str]:
-    """The places at which two structures of plain values and tensors are not the same bit for bit."""
+    """The paths at which two structures of plain values and tensors are not the same bit for bit."""
     if type(a) is not type(b):
         yield f"{where}: {type(a).__name__} and {type(b).__name__}"
     elif isinstance(a, dict):
@@ -63,7 +63,7 @@ def results(path: Path) -> dict[str, Any]:
 
 
 def curves(folder: Path) -> dict[str, Any]:
-    """{run: {tag: [(step, value)]}} as TensorBoard shows them, so that a gap or a step shown twice differs; speeds apart."""
+    """{run: {tag: [(step, value)]}} as TensorBoard shows them, without speeds. A gap or a repeated step is a difference."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it tells of every step that a resumed run did again
     found = {}
     for place in sorted({path.parent for path in folder.rglob("events.*")}):

@@ -1,8 +1,8 @@
 """Find settings on training images that are held out; no test image is read.
 
-    python scripts/search.py resnet-20-cifar-10/experiments/search_tuned_4bit.toml --data_dir data_dir/cifar100 --out experiment/search --jobs 2
+    lifequant search resnet-20-cifar-10/experiments/search_tuned_4bit.toml --data_dir data_dir/cifar100 --out experiment/search --jobs 2
 
-The grid is that of sweep.py, with held_out in [tasks], and one of two things in place of [rows]:
+The grid is that of a sweep, with held_out in [tasks], and one of two things in place of [rows]:
 
     [strength.ewc]               # a method and the values of its one flag: which is best
     ll_lambda = [1, 10, 100]
@@ -12,14 +12,14 @@ The grid is that of sweep.py, with held_out in [tasks], and one of two things in
     [parts.distillation]         # a part: flags, or several of them to choose from
     distill = [0.5, 1]
 
-Parts are chosen one after another: each round runs every part that is left on top of what has been chosen, and takes the
-best if it gains at least --gain points; a part that lost more than --gain in a round is not tried again. A round costs as
-many runs as there are parts, the whole search far less than the grid of all combinations, and it is repeated exactly: no
-sampler decides. (Optuna's samplers need more runs than there are here before they know more than that.)
+Parts are chosen one after another. Each round tries every part that is left, on top of those chosen, and takes the best one if
+it gains at least --gain points. A part that loses more than --gain in a round is not tried again. A round costs as many runs
+as there are parts, so the whole search costs far less than the grid of all combinations. No sampler decides, so the search can
+be repeated exactly. (Optuna's samplers need more runs than this before they know more.)
 
-The score is the average accuracy on the held-out images, mean over seeds; where tasks share no class, it is the
-task-masked one for a method without replay, whose average is the last task's alone.
---write takes what was found, and all that was tried, into a JSON file: a strength table or a preset's ``by_bits``.
+The score is the average accuracy on the held-out images, as a mean over seeds. Where tasks share no class and a method has no
+replay, that average is the last task's alone, so the score is the task-masked accuracy.
+--write writes what was found and all that was tried into a JSON file: a table of strengths, or a preset's ``by_bits``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Search:
 
 
 def scored_by(results: list[dict[str, Any]], disjoint: bool) -> dict[str, Any]:
-    """Means over seeds, in percent; ``score`` is what decides."""
+    """Means over seeds, in percent. ``score`` decides."""
     values = {
         "average_accuracy": mean(r["average_accuracy"] for r in results),
         "task_masked": mean(mean(r["top1_masked"][-1]) for r in results),
@@ -78,7 +78,7 @@ def scored_by(results: list[dict[str, Any]], disjoint: bool) -> dict[str, Any]:
 
 
 def options_of(flags: dict[str, Any]) -> list[dict[str, Any]]:
-    """A part's flags: lists are alternatives, of one flag alone."""
+    """The alternatives of a part: one of its flags may be a list. Raises UserError for two lists."""
     lists = [name for name, value in flags.items() if isinstance(value, list)]
     if len(lists) > 1:
         raise UserError(f"{lists[0]} and {lists[1]} are both lists: one flag of a part may be")
@@ -108,7 +108,7 @@ def strengths(search: Search) -> dict[str, Any]:
 
 
 def parts(search: Search, gain: float, rounds: int) -> dict[str, Any]:
-    """Parts, one after another, as long as one gains."""
+    """Choose parts, one after another, as long as one gains."""
     left = {part: options_of(flags) for part, flags in search.grid["parts"].items()}
     chosen = dict(search.grid["start"])
     best = search.scores({"start": chosen})["start"]

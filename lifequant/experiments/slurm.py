@@ -1,8 +1,8 @@
 """Runs of a sweep as Slurm jobs, through submitit.
 
-A job is one run with --resume True. Before its time is over, or when it is preempted, Slurm signals submitit, which
-asks the job for its checkpoint: the run gets SIGTERM, writes its own and ends, and the job is put into the queue again.
-Jobs outlive a sweep that is stopped; given again it finds them done, or in use and waits.
+A job is one run with --resume True. Before its time is over, or when it is preempted, Slurm signals submitit, and submitit asks
+the job for its checkpoint. The run gets SIGTERM, writes its own checkpoint and ends; then the job is queued again. Jobs go on
+when the sweep is stopped. The same sweep, started again, finds them finished, or waits for them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def python_path() -> str:
 
 
 class Job:
-    """What a node does; submitit pickles it."""
+    """What a node runs; submitit pickles it."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         self.arguments, self.log = arguments, log
@@ -54,7 +54,7 @@ class Job:
             return self.process.wait()
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit where the job must go."""
+        """Called by submitit when the job must stop."""
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
@@ -83,10 +83,10 @@ class Slurm:
             return None
         try:
             return handle.result()
-        except Exception:  # the job was cancelled, or submitit's own part failed: its log tells
+        except Exception:  # the job was canceled, or submitit's own part failed: its log tells
             return 1
 
     def stop(self, handles: list[submitit.Job]) -> None:
-        """They go on: whoever stops the sweep need not wait for them."""
+        """Leave the jobs to Slurm, and say how to cancel them."""
         for handle in handles:
             print(f"job {handle.job_id} goes on; scancel {handle.job_id} stops it", file=sys.stderr)

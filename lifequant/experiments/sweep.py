@@ -1,16 +1,16 @@
-"""Run a grid of runs, a few at a time; what has finished is never run again.
+"""Run a grid of runs, a few at a time. A finished run is never run again.
 
-    python scripts/sweep.py GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --jobs 2
-    python scripts/sweep.py GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --dry_run
-    python scripts/sweep.py GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --slurm --partition gpu --gpus 1
+    lifequant sweep GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --jobs 2
+    lifequant sweep GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --dry_run
+    lifequant sweep GRID.toml --data_dir data_dir/cifar100 --out experiment/campaign --slurm --partition gpu --gpus 1
 
-What a grid holds is said in grid.py. A run has a folder OUT/runs/KEY, its key being its settings but for paths, its tasks
-and its source: two grids with the same OUT share the runs that they have in common. Runs whose task 0 is the same train it
-once: the others fork from the first (--start_task 1 --from), to the same numbers as alone (tests/test_sweep.py; with
---compile to the same but for rounding where a method's loss is another graph, which a quantized net soon magnifies). Each
-run is a process of main.py with --resume True and its share of the cores, so that a sweep that was stopped goes on where its
-runs stood. OUT/GRID/ROW/.../seedN/results.json are copies of the finished runs' results, for report.py. A run that failed
-is moved to OUT/failed/KEY, with its last line in failed.txt, and left out until --retry; the others go on.
+grid.py describes the file. A run has a folder OUT/runs/KEY. The key stands for its settings without paths, its tasks and its
+source, so two grids with the same OUT share the runs that they have in common. Runs with the same task 0 train it once: the
+others fork from the first (--start_task 1 --from) and have the same numbers as alone (tests/test_sweep.py). With --compile
+they may round differently where a method's loss is another graph, and a quantized network soon magnifies that. Each run is a
+process with --resume True and its share of the cores, so a sweep that was stopped goes on where its runs stood. Copies of the
+finished runs' results are in OUT/GRID/ROW/.../seedN/results.json, for the report. A run that failed is moved to
+OUT/failed/KEY, with its last line in failed.txt, and is left out until --retry; the others go on.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ WAIT = 0.3  # seconds between looks
 
 
 class Executor(Protocol):
-    """Where runs are started. ``slots``: how many at a time."""
+    """Starts runs, at most ``slots`` at a time."""
 
     slots: int
 
     def start(self, arguments: list[str], log: Path) -> Any: ...
 
     def code(self, handle: Any) -> int | None:
-        """The exit code of a run; None while it goes on."""
+        """The exit code of a run; None while it runs."""
 
     def stop(self, handles: list[Any]) -> None:
-        """The sweep is stopped: what becomes of the runs that are under way."""
+        """Called when the sweep is stopped, with the runs that are still running."""
 
 
 class Local:
-    """Processes of this machine; the cores are shared out among them."""
+    """Runs processes on this machine, which share its cores."""
 
     def __init__(self, jobs: int) -> None:
         self.slots = jobs
@@ -85,7 +85,7 @@ class Local:
 
 
 class Sweep:
-    """The runs of a grid and where each stands."""
+    """The runs of a grid, and the state of each."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Sweep:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.have[run.folder.name]
 
     def failure(self, run: Run) -> str | None:
-        """The last line of a run that failed, or of one that it should have begun from."""
+        """The last line of a run that failed, or of the failed run that it should have begun from; None if none failed."""
         for folder in (run.folder, *run.after):
             file = self.out / "failed" / folder.name / "failed.txt"
             if file.is_file():
@@ -131,7 +131,7 @@ class Sweep:
         return None
 
     def seconds(self, runs: list[Run]) -> tuple[float, bool]:
-        """How long ``runs`` take on ``slots`` places, and whether a finished run says so."""
+        """(seconds that ``runs`` take, whether that is known from a finished run)."""
         if self.times:
             rate = sum(self.weights[folder] for folder in self.times) / sum(self.times.values())
         else:
@@ -139,7 +139,7 @@ class Sweep:
         return sum(self.weights[run.folder] for run in runs) / rate / self.executor.slots, bool(self.times)
 
     def go(self) -> None:
-        """Until nothing is left to do."""
+        """Run until nothing is left to do."""
         signal.signal(signal.SIGTERM, interrupted)
         for run in self.runs:
             if run.folder in self.times:  # another grid may have run it
@@ -157,7 +157,7 @@ class Sweep:
                 raise
 
     def turn(self, bar: tqdm) -> bool:
-        """Take up what has ended, start what can be; whether there was anything."""
+        """Note what has ended and start what can be started. Returns whether there was anything to do."""
         ended = [(run, code) for run, at in self.going.values() if (code := self.executor.code(at)) is not None]
         for run, code in ended:
             del self.going[run.folder]
@@ -176,7 +176,7 @@ class Sweep:
         return all(folder in self.times for folder in run.after) and time.monotonic() >= self.later.get(run.folder, 0)
 
     def tell(self, bar: tqdm) -> None:
-        """The time left and the failures, behind the bar."""
+        """Show the time left and the failures behind the progress bar."""
         left, _ = self.seconds([*self.waiting, *(run for run, _ in self.going.values())])
         failed = sum(self.failure(run) is not None for run in self.runs)
         bar.set_postfix_str(f"about {duration(left)} left" + f", {failed} failed" * bool(failed))
@@ -200,7 +200,7 @@ class Sweep:
 
 
 def spent(results: dict[str, Any]) -> float:
-    """Seconds, the process's start included."""
+    """Seconds that a run took, with the start of its process."""
     return results["seconds"] + sum(results["time_share"][part] for part in ("startup_seconds", "compile_seconds"))
 
 
@@ -215,7 +215,7 @@ def duration(seconds: float) -> str:
 
 
 def plan(sweep: Sweep) -> str:
-    """What there is to do, a line a run, and how long it will take."""
+    """The plan: a line for each run, and how long all of them will take."""
     lines = []
     for run in sweep.runs:
         state = "finished" if run.folder in sweep.times else "failed" if sweep.failure(run) else "to run"

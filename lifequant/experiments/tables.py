@@ -1,4 +1,4 @@
-"""What scripts/report.py says in tables: Markdown, CSV, LaTeX."""
+"""The tables of a report, as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SPECIAL |= {c: "\\" + c for c in "&%$#_{}"}
 LEGEND = """\
 average: mean top-1 over all tasks after the last one. task-masked: the same, choosing among a task's own classes.
 forgetting: points lost since a task was best, before the last one. BWT: points on a task after the last one, less those
-just after it was learnt. space shift: RMSE between the quantized weights at the ends of two tasks, mean over layers and
+just after it was learned. space shift: RMSE between the quantized weights at the ends of two tasks, mean over layers and
 pairs of tasks. kB: 1000 bytes; the packed model, and what is kept between tasks beside it. n: seeds; ± is the standard
 deviation over them (n - 1). images/s: in training, on the machine each run had."""
 
 
 def spoken(values: Sequence[Any]) -> str:
-    """One value where all are the same, else each in its place."""
+    """One value if all are the same, else all of them."""
     return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
 
 
@@ -55,7 +55,7 @@ def versions(rows: Sequence[Row]) -> str:
 
 
 def headers(table: Table) -> list[str]:
-    """What holds for the whole table: data, training, seeds, versions."""
+    """Lines on what holds for the whole table: data, training, seeds, versions."""
     rows, common = table.rows, settings(table.rows[0].first)
     classes, train = common["classes a task"], common["train_images a task"]
     share = [f"{images / max(1, own):.0f}" for images, own in zip(train, classes, strict=True)]
@@ -75,7 +75,7 @@ def one_name(text: str) -> str:
 
 
 def notes(table: Table) -> list[str]:
-    """How bold is to be read, and which rows are not what the table's bits say."""
+    """Lines on what bold means, and on rows that are not what the table's bits say."""
     if all(len(row.runs) == 1 for row in table.rows):
         found = ["one seed a row: nothing is in bold, for a difference can't be told from noise"]
     else:
@@ -91,7 +91,7 @@ def notes(table: Table) -> list[str]:
 
 
 def cell(row: Row, metric: Metric, between: str = " ± ") -> str:
-    """``mean ± std``; the mean alone of one value, and of memory, which seeds do not change by what is shown."""
+    """``mean ± std``; the mean alone for a single value, and for memory if the seeds have the same."""
     values = list(row.values(metric).values())
     if not values:
         return "-"
@@ -123,7 +123,7 @@ def heads() -> list[str]:
 
 
 def code(text: str) -> str:
-    """As Markdown shows it letter by letter, also in a table."""
+    """Text that Markdown shows as it is, also in a table."""
     return "`" + text.replace("`", "'").replace("|", "\\|") + "`"
 
 
@@ -136,7 +136,7 @@ def markdown(table: Table) -> str:
 
 
 def paired(table: Table) -> list[str]:
-    """The others' differences from the row with the best average, over the seeds that both have; nothing of one seed."""
+    """A table of differences from the row with the best average, over the seeds that both have; empty for a single seed."""
     best, *others = [row for row in table.rows if not row.first.joint] or [None]
     lines = []
     for row in others:
@@ -151,7 +151,7 @@ def paired(table: Table) -> list[str]:
 
 
 def csv_text(found: Sequence[Table]) -> str:
-    """All tables as one: means and standard deviations apart, to six digits."""
+    """All tables as one CSV: means and standard deviations in columns of their own, to six digits."""
     about = ("dataset", "method", "quantizer", "bitW", "abitW", "num_epochs")
     lines = []
     for table in found:
