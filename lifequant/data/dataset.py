@@ -37,7 +37,7 @@ class Store:
 
 @dataclass
 class DataSet:
-    """What a run trains and tests on. A task is named by its place in ``ids``."""
+    """What a run trains and tests on. A task's index is its position in ``ids``."""
 
     prefix: str
     class_names: list[str]

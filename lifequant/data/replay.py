@@ -52,7 +52,7 @@ def _quota(seen: dict[int, int], there: dict[int, int], total: int) -> dict[int,
 
 
 def epoch_order(labels: Tensor, counts: Tensor, sampler: str, generator: torch.Generator) -> Tensor:
-    """int64 [N], chosen in the pool in the order of one epoch.
+    """int64 [N], indices into the pool in the order of one epoch.
 
     uniform: a permutation. ball: N draws with replacement, with probability proportional to r of the image's class, so
     that rare classes come more often.

@@ -36,7 +36,7 @@ def ranks(paths: Sequence[str], seed: int, purpose: str) -> list[int]:
 
 
 def lowest(paths: Sequence[str], labels: Sequence[int], keep: dict[int, int], seed: int, purpose: str) -> list[int]:
-    """Places (ascending) of the ``keep[label]`` lowest-ranked images of each class; a label not in ``keep`` keeps none."""
+    """Indices (ascending) of the ``keep[label]`` lowest-ranked images of each class; a label not in ``keep`` keeps none."""
     by_class: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for index, (rank, label) in enumerate(zip(ranks(paths, seed, purpose), labels, strict=True)):
         by_class[int(label)].append((rank, index))

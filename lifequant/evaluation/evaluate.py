@@ -28,10 +28,10 @@ class Scores:
 @torch.inference_mode()
 def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
     """float32 [len(rows), C], in eval mode, images not augmented."""
-    parts = distributed.own(rows.split(batch_size))
+    parts = distributed.own_parts(rows.split(batch_size))
     with eval_mode(model):
         found = {index: model(load_batch(store.images, part, rows.device)) for index, part in parts}
-    return distributed.gathered(found, rows.device)
+    return distributed.gather(found, rows.device)
 
 
 def evaluate(model: nn.Module, data: DataSet, batch_size: int, with_error: bool = True) -> Scores:

@@ -41,7 +41,7 @@ class DERpp(LifelongMethod):
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         super().begin_task(model, task)
-        self.stored.update(model, task, again=False)
+        self.stored.update(model, task, recompute=False)
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         term = self.stored.distance(logits, batch) / logits.shape[1]

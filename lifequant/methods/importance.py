@@ -1,4 +1,4 @@
-"""What penalties weigh movement by: squared (or absolute) gradients of each image, averaged, and sliced ones."""
+"""Importances of weights: means over images of squared or absolute gradients, and sliced gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def conv_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def protected(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of all but the quantizers' own: latent weights, biases, BatchNorm's affine, the head."""
+    """{name: parameter} of all parameters but the quantizers': latent weights, biases, BatchNorm's affine, the head."""
     quantizers = tuple(f"{name}." for name, _ in fake_quants(model))
     return {name: p for name, p in model.named_parameters() if not name.startswith(quantizers)}
 
@@ -69,7 +69,7 @@ def image_means(
     with eval_mode(model):
         for x, y in batches:
             for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-                if distributed.mine(count // CHUNK):
+                if distributed.is_own(count // CHUNK):
                     for name, g in gradients(weights, images, labels).items():
                         total[name] += measure(g).sum(0)
                 count += len(images)

@@ -1,4 +1,4 @@
-"""The common base of the methods that hold every weight near its former value, the more so the more it mattered."""
+"""The base of methods that hold each weight near its former value, in proportion to its importance."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Regularizer(LifelongMethod):
     """Penalty sum_i importance_i (w_i - anchor_i)^2 + offset over the latent weights, before lambda.
 
     The w_i are all parameters but the quantizers' own. Importance and anchor are vectors over all of them; they are
-    allocated at the first task and then written in place: a compiled step needs no second compilation. A method says by
-    ``estimate`` what mattered for a task that has ended. Where another penalty is chosen nothing is gathered.
+    allocated at the first task and then written in place, so that a compiled step need not be compiled again. ``estimate``
+    gives the importances for a task that has ended. If another penalty is chosen, nothing is gathered.
     """
 
     has_penalty = True
@@ -50,7 +50,7 @@ class Regularizer(LifelongMethod):
         return self.config.option(self.name)[name]
 
     def batches(self, task: Task, size: int) -> Batches:
-        """The task's own training images, ``--<method>_images`` at most, evenly spaced; not augmented."""
+        """Batches of the task's own training images, not augmented: at most ``--<method>_images``, evenly spaced."""
         count = min(self.option("images"), len(task.new_rows))
         rows = task.new_rows[torch.arange(count, device=task.new_rows.device) * len(task.new_rows) // count]
         return task.batches(rows, size)
@@ -80,7 +80,7 @@ class Regularizer(LifelongMethod):
         raise NotImplementedError
 
     def merge(self, new: Tensor, weights: Tensor, task: Task) -> None:
-        """Take in the importances ``new`` at ``weights``: here the sum, about the last weights."""
+        """Merge the importances ``new`` at ``weights``. Here importances are added up, and the anchor becomes ``weights``."""
         self.importance += new
         self.anchor.copy_(weights)
 
@@ -101,7 +101,7 @@ class Regularizer(LifelongMethod):
             setattr(self, name, state[name])
 
     def memory_bytes(self) -> dict[str, int]:
-        """Everything as held (float32 as a rule): what a method gathers during a task counts as importance."""
+        """Bytes of all vectors that are kept. What a method gathers during a task counts as importance."""
         if self.anchor is None:
             return {}
         importance = sum(getattr(self, name).nbytes for name in self.importances) + self.offset.nbytes

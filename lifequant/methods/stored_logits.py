@@ -12,24 +12,24 @@ from lifequant.qat.modes import eval_mode
 
 
 class StoredLogits:
-    """A table over all rows of the image store, of which only the held ones count; allocated once, written in place."""
+    """A table with a row for each row of the image store. ``held`` marks the rows that have logits. Both are written in place."""
 
     def __init__(self) -> None:
         self.table: Tensor | None = None  # float16 [rows, C]
         self.held: Tensor | None = None  # bool [rows]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, task: Task, again: bool) -> None:
-        """At a task's begin: logits of replay images by ``model``, in eval mode, not augmented.
+    def update(self, model: nn.Module, task: Task, recompute: bool) -> None:
+        """When a task begins, compute the logits of replay images, in eval mode and without augmentation.
 
-        ``again``: of all of them; else of those without, and what was stored earlier stays. An image that is neither
-        stored nor new any more loses its logits.
+        ``recompute`` replaces the logits of all replay images; without it, only images that have none get them. An image that
+        is neither stored nor new any more loses its logits.
         """
         shape = (len(task.images), task.num_classes)
         if self.table is None or self.table.shape != shape:
             self.table = torch.zeros(shape, dtype=torch.float16, device=task.labels.device)
             self.held = torch.zeros(len(task.images), dtype=torch.bool, device=task.labels.device)
-        if again or not task.stable_rows:
+        if recompute or not task.stable_rows:
             self.held.zero_()
         kept = torch.zeros_like(self.held)
         kept[task.pool] = True

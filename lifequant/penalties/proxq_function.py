@@ -32,7 +32,7 @@ class ProxQFunction(Penalty):
         self.known: Tensor | None = None
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        self.stored.update(model, task, again=True)
+        self.stored.update(model, task, recompute=True)
         if self.known is None:
             self.known = torch.zeros_like(task.old_classes)
         self.known.copy_(task.old_classes)

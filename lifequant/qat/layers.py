@@ -1,7 +1,7 @@
-"""Layers that quantize, and what one does to all of them in a network.
+"""Quantized layers, and functions over all of them in a network.
 
 Their parameters are named as in torch's own layers, so a float checkpoint loads unchanged. A network of our own asks a
-Scheme for them; in any other, convert.py turns torch's layers into them.
+Scheme for them; in any other network, convert.py converts torch's layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def quantized(x: Tensor, quant: nn.Module) -> Tensor:
 
 
 class QuantConv2d(nn.Conv2d):
-    """nn.Conv2d whose weight passes a fake-quantizer; a bias stays in float. Made here it has none."""
+    """nn.Conv2d whose weight passes a fake-quantizer. The constructor makes no bias; a converted layer keeps its bias in float."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int, weight_quant: nn.Module) -> None:
         super().__init__(cin, cout, kernel, stride=stride, padding=padding, bias=False)
@@ -64,7 +64,7 @@ class QuantLinear(nn.Linear):
 
 
 class QuantReLU(nn.Module):
-    """ReLU (or ReLU6), then the activation quantizer; the quantizer first where it says so."""
+    """ReLU (or ReLU6), then the activation quantizer. A quantizer with ``before_relu`` comes first."""
 
     inplace = False
     bound: float | None = None
@@ -189,7 +189,7 @@ def quantized_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def no_rounding(model: nn.Module) -> Iterator[None]:
-    """Inside, every quantizer skips clamp and round; a projection stays."""
+    """Inside, every quantizer skips clamp and round; ProxQ's projection stays."""
     quants = [quant for _, quant in fake_quants(model)]
     try:
         for quant in quants:

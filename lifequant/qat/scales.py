@@ -1,9 +1,9 @@
 """How the quantizers' parameters are trained, by this package and in a loop of your own:
 
 optimizer = torch.optim.SGD(param_groups(q, lr=0.01, weight_decay=1e-4), momentum=0.9)
-steps = Scales(q)
+scales = Scales(q)
 ...
-with steps.limit_scale_updates():
+with scales.limit_scale_updates():
     optimizer.step()
 """
 
@@ -38,7 +38,7 @@ def param_groups(q: nn.Module, lr: float, weight_decay: float = 0.0, step_lr: fl
 
 
 class Scales:
-    """All step sizes of a model. An update changes one by a tenth of itself at most, and none falls below a floor.
+    """All scales of a model that are learned. An update changes a scale by at most a tenth, and no scale falls below a floor.
 
     A step is small, 0.003 for 8-bit weights of 0.4, and its gradient is multiplied by the largest code where values are
     clipped. When the loss jumps, as at a change of tasks, one update could take it below 0, which flips signs without a
@@ -56,7 +56,7 @@ class Scales:
 
     @contextmanager
     def limit_scale_updates(self) -> Iterator[None]:
-        """Around an optimizer's step. A few kernels, no device synchronization."""
+        """Put this around the optimizer's step. It takes a few kernels and does not wait for a GPU."""
         if not self.parameters:
             yield
             return
@@ -72,6 +72,6 @@ class Scales:
             torch._foreach_copy_(self.parameters, [part.view_as(p) for p, part in parts])
 
     def most_limited(self) -> dict[str, int]:
-        """{quantizer: updates that were bounded in this task}; of its channels the most."""
+        """{quantizer: updates that were limited in this task}; the most of any of its channels."""
         most = [int(part.max()) for part in self.limited_updates.split(self.sizes)] if self.sizes else []
         return dict(zip(self.names, most, strict=True))

@@ -1,1 +1,1 @@
-"""Quantizers: one file each, under the contract of base.py; layers.py puts them into a network."""
+"""Quantizers: one file each, under the contract of base.py. qat/layers.py puts them into a network."""

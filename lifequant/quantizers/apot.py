@@ -25,7 +25,7 @@ def powers_of_two(bits: int) -> list[float]:
 
 
 class APoT(FakeQuant):
-    """Projection of z / a on the levels, times a. A code is a level's place in the table, 0 the zero.
+    """Projection of z / a on the levels, times a. A code is a level's index in the table, and 0 is the level zero.
 
     da = sum dy * {sign z where clipped, else q - z / a}, q the level (sec. 2.3). As z, and what of dy reaches x, weights
     and activations differ.
@@ -46,7 +46,7 @@ class APoT(FakeQuant):
         return low + (t - self.levels[low]) / (self.levels[low + 1] - self.levels[low]) - self.zero
 
     def nearest(self, t: Tensor) -> Tensor:
-        """int64 places of the levels nearest to ``t``, from 0 on: the rounded ``fractional_code``, in one look-up."""
+        """int64 indices of the levels nearest to ``t``, from 0 on: the rounded ``fractional_code``, in one look-up."""
         return torch.bucketize(t.detach().contiguous(), self.middles)
 
     def level(self, u: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class APoT(FakeQuant):
         return (clipped - clipped.detach()) + self.levels[self.nearest(t)]  # in this order it stays channels-last
 
     def scale(self) -> Tensor:
-        """The smallest distance of two neighboring values, that beside 0."""
+        """The smallest distance between two neighboring values, which is the one beside 0."""
         return self.alpha.detach() * self.levels[self.zero + 1]
 
 

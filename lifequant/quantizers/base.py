@@ -49,9 +49,9 @@ def standardize(x: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
 
 
 def sample(x: Tensor, size: int = 2**13) -> Tensor:
-    """About ``size`` of the values of ``x``, flat, always the same places; all where there are fewer.
+    """About ``size`` of the values of ``x``, flat, always at the same positions; all values if there are fewer.
 
-    The stride is odd, so that it walks through the channels and places of a power-of-two shape.
+    The stride is odd, so that it walks through the channels and positions of a power-of-two shape.
     """
     flat = x.flatten()
     return flat[:: (len(flat) // size) | 1]
@@ -95,7 +95,7 @@ class FakeQuant(nn.Module):
         return self.dequantize(u, x)
 
     def scale(self) -> Tensor:
-        """The distance of two neighboring values, a scalar or one for each channel [C]."""
+        """The distance of two neighboring values, a scalar, or one for each channel [C]."""
         raise NotImplementedError
 
     def step(self) -> Tensor:
@@ -103,7 +103,7 @@ class FakeQuant(nn.Module):
         return self.scale()
 
     def calibrate(self, x: Tensor) -> None:
-        """Set the step from data, in place, so that an optimizer made before keeps its parameter.
+        """Set the scale from data, in place, so that an optimizer that was made before keeps its parameter.
 
         Raises UserError where ``x`` is not finite (``refuse_non_finite``).
         """
@@ -121,7 +121,7 @@ class FakeQuant(nn.Module):
         return self.to_codes(x).clamp(self.qn, self.qp).round().to(torch.int16)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A float network's state dict loads strictly: a quantizer of which it has nothing isn't missed, its step unset."""
+        """A float network's state dict loads strictly: a quantizer that it knows nothing of stays uncalibrated."""
         own = {prefix + name for name in self.state_dict()}
         if own and own.isdisjoint(state_dict):
             self.calibrated = False
@@ -130,7 +130,7 @@ class FakeQuant(nn.Module):
         self.calibrated = own <= state_dict.keys()
 
     def scale_parameters(self) -> list[nn.Parameter]:
-        """Parameters that must stay positive; like all parameters of a quantizer they take no weight decay."""
+        """Parameters that must stay positive. They take no weight decay, like all parameters of a quantizer."""
         return [p for p in self.parameters(recurse=False) if p.requires_grad]
 
     def refuse_non_finite(self, x: Tensor) -> None:
@@ -144,12 +144,12 @@ class FakeQuant(nn.Module):
 
     @staticmethod
     def broadcast_channels(value: Tensor, x: Tensor) -> Tensor:
-        """A scalar as it is; [C] in a shape that broadcasts over ``x`` [C, ...]."""
+        """``value`` itself if it is a scalar; a value [C] in a shape that broadcasts over ``x`` [C, ...]."""
         return value if value.dim() == 0 else value.view(-1, *[1] * (x.dim() - 1))
 
     @staticmethod
     def channel_rows(x: Tensor, channels: int | None) -> Tensor:
-        """``x`` as rows, one for each step: [1, N], or [C, N / C]."""
+        """``x`` as rows, one for each scale: [1, N], or [C, N / C]."""
         return x.reshape(channels or 1, -1)
 
     def extra_repr(self) -> str:
@@ -179,7 +179,7 @@ class Quantizer:
         """Add the quantizer's own flags."""
 
     def weight(self, bits: int, channels: int | None = None) -> nn.Module:
-        """A module for one weight tensor, with one step, or with one for each of ``channels`` output channels."""
+        """A module for one weight tensor, with one scale, or with one for each of ``channels`` output channels."""
         return nn.Identity() if bits == 32 else self.weight_type(bits, channels=channels, **self.weight_options)
 
     def activation(self, bits: int) -> nn.Module:

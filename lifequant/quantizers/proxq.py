@@ -1,6 +1,6 @@
 """ProxQ's projection: weights are quantized in a standard space that is the same for every task (LifeQuant, ICCV 2023).
 
-The penalty that keeps the quantized weights near the former task's is lifequant/penalties.py.
+The penalty that keeps the quantized weights near the former task's is in lifequant/penalties/.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ COMPILE_FROM_STEPS = {"cpu": 400, "cuda": 4000}
 
 
 def pick_device(config: Config) -> torch.device:
-    """``auto``: the GPU of that index where there is one. Only ``cuda`` demands one; raises UserError."""
+    """The device of ``--device``. ``auto`` takes the GPU of that index if there is one. Raises UserError if ``cuda`` has none."""
     available = torch.cuda.is_available()
     if config.device == "cpu" or (config.device == "auto" and not available):
         return torch.device("cpu")
@@ -37,7 +37,7 @@ def pick_device(config: Config) -> torch.device:
 
 @contextmanager
 def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
-    """With ``wanted``, only algorithms that give the same bits again run inside; torch raises for what has none."""
+    """With ``wanted``, only deterministic algorithms run inside; torch raises an error for an operation that has none."""
     if not wanted:
         yield
         return
@@ -84,7 +84,7 @@ def wants_compile(
 
 
 def _lacking(device: torch.device) -> str:
-    """What torch.compile would need on this device and doesn't find; empty where it has all."""
+    """What torch.compile needs on this device and does not find; empty if nothing is missing."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "triton"
     return (

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Processes that train together, 1 without torchrun."""
+    """The number of processes that train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -44,12 +44,12 @@ def rank() -> int:
 
 
 def local_rank() -> int | None:
-    """The process's number on this machine, None without torchrun."""
+    """This process's number on its machine; None without torchrun."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, where torchrun started this one. Only the first goes on printing."""
+    """Join the other processes if torchrun started this one. Only the first process prints."""
     if local_rank() is None or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         return
     if device.type == "cuda":
@@ -61,7 +61,7 @@ def join(device: torch.device) -> None:
 
 
 def check(config: Config, splits: bool, what: str) -> None:
-    """Raises UserError for a run that several processes can't share."""
+    """Raises UserError if several processes can't share this run."""
     processes = world_size()
     if config.train_batch_size % processes:
         raise UserError(
@@ -74,7 +74,7 @@ def check(config: Config, splits: bool, what: str) -> None:
 
 
 def one_first(load: Callable[[], T]) -> T:
-    """``load()`` in the first process, which may write a cache, then in the others, which read it."""
+    """Call ``load()`` in the first process, which may write a cache, and then in the others, which read it."""
     if rank() > 0:
         barrier()
     found = load()
@@ -84,13 +84,13 @@ def one_first(load: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Wait for all processes; nothing where there is one."""
+    """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
 
 
 def follow(config: Config, scratch: str) -> Config:
-    """The config of a process that isn't the first: its files go to ``scratch``, what it goes on from is the first's."""
+    """The config of a process that is not the first. It writes to ``scratch`` and resumes from the first process's files."""
     folder = Path(config.job_dir) / "checkpoint"
     resume = config.resume
     if resume == RESUME_JOB_DIR:
@@ -99,12 +99,12 @@ def follow(config: Config, scratch: str) -> Config:
 
 
 def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with BatchNorm over all processes' parts of a batch, where torch can: on GPUs."""
+    """The model with BatchNorm over all processes' parts of a batch, which torch offers on GPUs."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world_size() > 1 and device.type == "cuda" else model
 
 
 def batch_size(size: int) -> int:
-    """The largest size up to ``size`` that can be shared out evenly; at least one image each."""
+    """The largest batch size up to ``size`` that gives each process as many images, and at least one."""
     return max(size - size % world_size(), world_size())
 
 
@@ -118,7 +118,7 @@ def share(batch: Batch) -> Batch:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """All gradients, and BatchNorm's running statistics, become the mean over processes, as one message."""
+    """Average all gradients and BatchNorm's running statistics over processes, in one message."""
     if (processes := world_size()) == 1:
         return
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -132,24 +132,24 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over processes, in place."""
+    """Sum ``values`` over processes, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def mine(index: int) -> bool:
-    """Whether the part at ``index`` of some work is this process's."""
+def is_own(index: int) -> bool:
+    """Whether part ``index`` of some work belongs to this process."""
     return index % world_size() == rank()
 
 
-def own(parts: Sequence[T]) -> list[tuple[int, T]]:
-    """(index, part) of those parts of some work that are this process's."""
-    return [(index, part) for index, part in enumerate(parts) if mine(index)]
+def own_parts(parts: Sequence[T]) -> list[tuple[int, T]]:
+    """[(index, part)] of the parts that belong to this process."""
+    return [(index, part) for index, part in enumerate(parts) if is_own(index)]
 
 
-def gathered(found: dict[int, Tensor], device: torch.device) -> Tensor:
-    """All processes' parts [n, C] in the order of their indices, in one tensor; each process gives its ``own``."""
+def gather(found: dict[int, Tensor], device: torch.device) -> Tensor:
+    """All parts [n, C] in the order of their indices, in one tensor. Each process gives the results of its ``own_parts``."""
     if world_size() == 1:
         return torch.cat(list(found.values()))
     everyone: list[dict[int, Tensor]] = [{} for _ in range(world_size())]
@@ -159,7 +159,7 @@ def gathered(found: dict[int, Tensor], device: torch.device) -> Tensor:
 
 
 def check_agreement(model: nn.Module) -> None:
-    """Raises RuntimeError where a process's model is not the first one's, bit for bit."""
+    """Raises RuntimeError if this process's model differs from the first one's by a bit."""
     if world_size() == 1:
         return
     flat = torch.cat([value.detach().flatten().double() for value in model.state_dict().values()])

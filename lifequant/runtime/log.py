@@ -1,4 +1,4 @@
-"""What a run says: TensorBoard, the text log, the terminal."""
+"""Where a run writes its messages and curves: the terminal, the text log, TensorBoard."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMPARED = [
 
 
 class Log:
-    """Curves under ``job_dir/run`` (one TensorBoard run a task, so that a chart has one curve a task), ``logger.log``."""
+    """Writes lines to the terminal and to ``logger.log``, and curves to ``job_dir/run``, one TensorBoard run for each task."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -43,25 +43,25 @@ class Log:
         self.writers: dict[str, Curves] = {}
 
     def open(self, job_dir: Path) -> None:
-        """From here on, lines and curves go to the run's folder."""
+        """Write lines and curves to the run's folder from here on."""
         self.folder = job_dir / "run"
         self.file = (job_dir / "logger.log").open("a", encoding="utf-8", buffering=1)
         self.file.writelines(self.early)
 
     def say(self, text: str) -> None:
-        """A line on the terminal and in the log."""
+        """Write a line to the terminal and to the log."""
         text = "\n".join(one_line(line) for line in text.split("\n"))
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
         self.note(text)
 
     def note(self, text: str) -> None:
-        """A line in the log alone."""
+        """Write a line to the log alone."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
         self.file.write(line) if self.file else self.early.append(line)
 
     def warn(self, text: str) -> None:
-        """A line that is also kept for results.json, once."""
+        """Write a warning once, and keep it for results.json."""
         if text not in self.warnings:
             self.warnings.append(text)
             self.say(f"warning: {text}")

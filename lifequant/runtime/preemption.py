@@ -23,7 +23,7 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 
 
 class Stopped(BaseException):
-    """The run was asked to stop; no Exception, so that nothing on the way takes it for an error."""
+    """The run was asked to stop. It is no Exception, so that no handler of errors catches it."""
 
     def __init__(self, number: int, saved: bool) -> None:
         self.number, self.saved = signal.Signals(number), saved
@@ -36,7 +36,7 @@ _raised = False
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """The handlers, for the time of a run; only the main thread can have them."""
+    """Inside, the signals are handled. Only the main thread can do that."""
     global _number, _raised
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,8 +55,10 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def polled(alone: bool) -> Iterator[None]:
-    """Around a loop that asks ``requested`` after each step. Several processes (not ``alone``) can't agree on a step
-    without a message at each: there a signal stops at once."""
+    """Put this around a loop that asks ``requested`` after each step.
+
+    Several processes (not ``alone``) can't agree on a step without a message at each, so there a signal stops at once.
+    """
     global _polled
     _polled = alone
     try:
@@ -66,12 +68,12 @@ def polled(alone: bool) -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether a signal waits for the loop over steps to stop."""
+    """Whether a signal asks the loop over steps to stop."""
     return _number != 0
 
 
 def stop() -> None:
-    """Called where the state has been written."""
+    """Stop the run, after its state has been written."""
     _raise(saved=True)
 
 
@@ -99,7 +101,7 @@ def _raise(saved: bool) -> None:
 
 
 def _leave(why: str) -> None:
-    """End the process without another word from anyone."""
+    """End the process at once, with one line."""
     text = f"\nlifequant: {signal.Signals(_number).name} {why}: ended at once; the last checkpoint stands\n"
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
     os._exit(CODES[_number])
@@ -111,7 +113,7 @@ def _alarm(seconds: float) -> None:
 
 
 def ending(stopped: Stopped, resumes: bool) -> tuple[int, str]:
-    """(exit code, what to tell). After SIGUSR1 a Slurm job is put back into its queue, where its command line ``resumes``."""
+    """(exit code, message). After SIGUSR1 a Slurm job is queued again if its command line ``resumes``."""
     name, code = stopped.number.name, CODES[stopped.number]
     done = "the state is written" if stopped.saved else "the last checkpoint stands"
     text = f"stopped by {name}; {done}: go on with --resume True"
