@@ -100,7 +100,11 @@ class Config:
         0.35, DATA, "smallest part that resized_crop takes, as a share of the image's area (timm: 0.08)", type=share
     )
     lt_gamma: float = flag(
-        1.0, DATA, "imbalance ratio: images of the largest over those of the smallest training class", type=real(1)
+        1.0,
+        DATA,
+        "imbalance ratio: images of the largest over those of the smallest training class",
+        "--imbalance_ratio",
+        type=real(1),
     )
     val_fraction: float = flag(
         0.0, DATA, "share of the training images that is held out to choose the best epoch", type=rate

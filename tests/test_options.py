@@ -170,7 +170,7 @@ def test_inert_flags_say_so_once():
 
 
 FLAGS = {
-    "data": """csv_dir dataset data_dir cache_dir cache num_tasks task_id num_classes image_size augment crop_scale lt_gamma
+    "data": """csv_dir dataset data_dir cache_dir cache num_tasks task_id num_classes image_size augment crop_scale lt_gamma imbalance_ratio
         val_fraction replay_rate buffer_size""",
     "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda distill
         distill_temperature ema head_epochs nme""",
