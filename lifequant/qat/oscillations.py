@@ -1,5 +1,5 @@
-"""What makes low-bit training unsteady, and two remedies: BatchNorm's statistics taken anew, and oscillating weights,
-counted and frozen (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022).
+"""Oscillating weights are counted and frozen (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML
+2022).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ PASSES = 4  # of writing where statistics move with it; each moves them by at mo
 
 
 class Oscillations:
-    """Watches the integer codes of all weight quantizers through a task, and freezes those that oscillate.
+    """Watches the integer codes of all quantized weights during a task, and freezes weights that oscillate.
 
-    A change of a weight's code OPPOSITE to its last change is an oscillation; its frequency is a moving average with
-    momentum 0.01 over steps (Nagel et al. 2022, "Quantifying oscillations"). The first change of a task has none before
-    it and is no oscillation. ``freeze``, if given, is a frequency in (0, 1): a weight above it stays, to the task's end,
-    at the code round(moving average of its code) (the same, "Iterative freezing"; the average has this step's code in
-    it). It is the latent weight that is written, after each optimizer step, to the middle of that code. Layers at 32 bits
-    have no codes and are left out.
+    An oscillation is a change of a weight's code in the direction OPPOSITE to its last change. Its frequency is a moving
+    average over steps, with momentum 0.01 (Nagel et al. 2022, "Quantifying oscillations"). The first change of a task has no
+    change before it, so it is no oscillation. ``freeze`` is a frequency in (0, 1), or None. A weight above it is frozen until
+    the task ends, at the code round(moving average of its code), which includes this step's code (the same, "Iterative
+    freezing"). To freeze a weight, its latent value is set to the middle of that code after each optimizer step. Layers at 32
+    bits have no codes and are left out.
 
-    What holds: where codes depend on a weight and a step alone (lsq), a frozen code holds after every ``after_step``.
-    Where they depend on the tensor's mean and deviation (proxq), writing moves these: frozen weights are written in a few
-    passes, each nearer to the mark, and the codes of others may change by it, which counts as a change at the next step.
-    There, of a tensor (of a channel with a step of its own) at most half of the weights and of the variance is
-    frozen, and what would exceed it goes on moving, so that the passes converge. A code has half a code to spare for what
-    they leave. Under random steps of 3 % of the weights' deviation, at 2, 4 and 8 bits, it always sufficed for all
-    quantizers; with a step for each channel (of 6 or 27 weights, 8 bits), for apot and uniform all but one time in 1,000.
+    Where codes depend on a weight and a scale alone (lsq), a frozen code holds after every ``after_step``. Where they depend
+    on the tensor's mean and deviation (proxq), setting weights changes these. So frozen weights are set in a few passes, each
+    closer than the one before, and other weights' codes may change by it, which counts as a change at the next step. At most
+    half of the weights and of the variance of a tensor (of a channel with a scale of its own) is frozen there, so that the
+    passes converge; other weights go on moving. What the passes leave is less than the half code that a code has to spare: for
+    all quantizers at 2, 4 and 8 bits, under random steps of 3 % of the weights' deviation. With a scale for each channel (of 6
+    or 27 weights, 8 bits), apot and uniform need more about once in 1,000 times.
 
-    ``after_step`` must be the last thing that writes weights in a step. It doesn't synchronize the device, and keeps
-    12 bytes a weight, 16 if it freezes.
+    ``after_step`` must be the last to change weights in a step. It does not wait for a GPU. It keeps 12 bytes a weight, 16 if
+    it freezes.
     """
 
     def __init__(self, freeze: float | None = None) -> None:
@@ -66,7 +66,7 @@ class Oscillations:
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        """Count this step's changes; write the frozen weights. After the optimizer's step, once each."""
+        """Count this step's changes and set the frozen weights. Call it once after each optimizer step."""
         if not self.state:
             return
         layers, state = _quantized(model), self.state
@@ -116,7 +116,7 @@ class Oscillations:
         return dict(zip(self.sizes, shares.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs but ``freeze``, which is an option."""
+        """What a resumed run needs. ``freeze`` is an option and not part of it."""
         return {"sizes": dict(self.sizes), "state": dict(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,11 +128,11 @@ class Oscillations:
 
 
 def _leaves_room(held: Tensor, aim: Tensor, quant: FakeQuant, weight: Tensor) -> Tensor:
-    """bool, like ``held`` [weights of a layer]: whether what is held leaves the rest enough to set mean and deviation by.
+    """bool, like ``held`` [weights of a layer]: whether the other weights can still set the mean and the deviation.
 
     With v the values that hold the codes ``aim`` and w all weights, both less the mean of w, a mean and a deviation at
     which all held codes hold exist if and only if sum v^2 + (sum v)^2 / (number of the rest) < sum w^2, for codes that are
-    a function of (w - mean) / std. Both sides are multiples of the variance, so what had room once has it for good.
+    a function of (w - mean) / std. Both sides are multiples of the variance, so weights that once had room keep it.
     """
     rows = (getattr(quant, "channels", None) or 1, -1)  # what shares its statistics
     part = held.view(rows).float()
