@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{args.against} has {len(before)} steps")
         return 1
     differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(now, before, strict=True)]
-    same = next((place for place, d in enumerate(differences) if d > 0), len(now))
+    same = next((index for index, d in enumerate(differences) if d > 0), len(now))
     print(f"the first {same} steps are the same to the bit; largest relative difference {max(differences):.3g}")
     return int(max(differences) > args.bound)
 

@@ -117,9 +117,9 @@ def _sources(positions: Tensor, start: Tensor, length: Tensor, whole: int) -> tu
 
 
 def _resample(images: Tensor, sources: tuple[Tensor, Tensor, Tensor], dim: int) -> Tensor:
-    """uint8 [N, C, H, W], each place along ``dim`` a mean of two pixels."""
+    """uint8 [N, C, H, W], each pixel along ``dim`` a mean of two pixels."""
     shape = [len(images), 1, 1, 1]
     shape[dim] = -1
     below, above, weight = (send(s, images.device).view(shape) for s in sources)
-    below, above = (images.gather(dim, place.expand(images.shape)).float() for place in (below, above))
+    below, above = (images.gather(dim, index.expand(images.shape)).float() for index in (below, above))
     return below.lerp_(above, weight.float() / _ONE).add_(0.5).byte()  # 8 and 15 bits: exact in float32's 24

@@ -1,6 +1,6 @@
 """dataset.json, beside the task CSVs: what they were made from. Informative: training works without it.
 
-Keys: schema, name (the CSVs' prefix), class_names (sorted; a label is a place in it), image_root (absolute, or null if
+Keys: schema, name (the CSVs' prefix), class_names (sorted; a label is an index into it), image_root (absolute, or null if
 unknown), num_tasks, diminish_rate (share, null for domains), seed, lt_gamma and images_per_class (of the training
 CSVs), domains (or null), tasks ([{"classes": [labels]}]), counts ({"train", "test", "replay": [images of each task]}).
 """

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     x: Tensor  # float32 [N, 3, H, W], augmented and normalized
     y: Tensor  # int64 [N]
     is_replay: Tensor  # bool [N]
-    rows: Tensor  # int64 [N], places in the image store
+    rows: Tensor  # int64 [N], rows of the image store
     teacher: Tensor | None = None  # float32 [N, C], logits of the former task's model, where something asks for them
 
 

@@ -2,7 +2,7 @@
 
 ``<prefix>_train.csv`` has each training image once, ``<prefix>_train0.csv``, ``<prefix>_train1.csv``, ... those of each
 task; ``test`` and ``replay`` (no file over all tasks) likewise. Columns: image (path relative to the data folder, with
-/), label (the class's place among the sorted class names).
+/), label (the class's index among the sorted class names).
 """
 
 from __future__ import annotations

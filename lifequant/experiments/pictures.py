@@ -18,7 +18,7 @@ LONGEST = 30
 
 def average(values: Sequence[Sequence[float]]) -> list[float]:
     """The mean of each entry over seeds."""
-    return [statistics.fmean(place) for place in zip(*values, strict=True)]
+    return [statistics.fmean(entries) for entries in zip(*values, strict=True)]
 
 
 def mean_matrix(row: Row) -> list[list[float]]:
@@ -170,7 +170,7 @@ class Painter:
         for row in self.rows[:LINES]:
             found = [growth for run in row.runs if (growth := error_growth(run))]
             if found:
-                values[row.label] = [statistics.geometric_mean(place) for place in zip(*found, strict=True)]
+                values[row.label] = [statistics.geometric_mean(ratios) for ratios in zip(*found, strict=True)]
         if not values:
             return None
         figure, axis = self.lines(values, self.tasks[:-1])
@@ -221,15 +221,15 @@ class Painter:
             spread_out(axis, "x", [a for a, _, _ in found])
         axis.margins(0.08)
         low, top = axis.get_ylim()
-        gap, places = gap_inches / (high - 0.9), []
+        gap, heights = gap_inches / (high - 0.9), []
         for _, b, _ in found:
-            places.append(max((b - low) / (top - low), places[-1] + gap if places else 0.0))
+            heights.append(max((b - low) / (top - low), heights[-1] + gap if heights else 0.0))
         limit = 1.0
-        for i in reversed(range(len(places))):
-            places[i], limit = min(places[i], limit), min(places[i], limit) - gap
-        for (a, b, label), place in zip(found, places, strict=True):
+        for i in reversed(range(len(heights))):
+            heights[i], limit = min(heights[i], limit), min(heights[i], limit) - gap
+        for (a, b, label), height in zip(found, heights, strict=True):
             line = {"arrowstyle": "-", "color": "0.75", "lw": 0.7, "shrinkA": 1, "shrinkB": 4}
-            axis.annotate(self.names[label], (a, b), (1.04, place), textcoords="axes fraction", va="center", fontsize=8,
+            axis.annotate(self.names[label], (a, b), (1.04, height), textcoords="axes fraction", va="center", fontsize=8,
                           color="black", arrowprops=line, zorder=1)  # fmt: skip
         axis.grid(color="0.92", lw=0.7)
         axis.set_axisbelow(True)

@@ -27,7 +27,7 @@ class Run(NamedTuple):
     """One run: the row that it belongs to, its file (for messages), and its results."""
 
     label: str
-    place: str
+    path: str
     results: dict[str, Any]
 
     @property
@@ -136,12 +136,12 @@ def refuse_to_mix(runs: Sequence[Run]) -> None:
             if a != b:
                 values = ", ".join("none" if value is none else json.dumps(value)[:60] for value in (a, b))
                 raise UserError(
-                    f"{first.place} and {run.place}: one row ({run.label}), but {name} differs ({values}): "
+                    f"{first.path} and {run.path}: one row ({run.label}), but {name} differs ({values}): "
                     "only runs that differ in nothing but the seed are averaged; give them folders of other names"
                 )
         if run.seed in seeds:
             raise UserError(
-                f"{seeds[run.seed].place} and {run.place}: one row ({run.label}), and both have seed {run.seed}"
+                f"{seeds[run.seed].path} and {run.path}: one row ({run.label}), and both have seed {run.seed}"
             )
         seeds[run.seed] = run
 

@@ -45,8 +45,8 @@ def unequal(a: Any, b: Any, where: str) -> Iterator[str]:
     elif isinstance(a, list | tuple):
         if len(a) != len(b):
             yield f"{where}: {len(a)} and {len(b)} entries"
-        for place, values in enumerate(zip(a, b, strict=False)):
-            yield from unequal(*values, f"{where}/{place}")
+        for index, values in enumerate(zip(a, b, strict=False)):
+            yield from unequal(*values, f"{where}/{index}")
     elif torch.is_tensor(a):
         if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a, b):
             yield f"{where}: tensors differ"
@@ -66,8 +66,8 @@ def curves(folder: Path) -> dict[str, Any]:
     """{run: {tag: [(step, value)]}} as TensorBoard shows them, without speeds. A gap or a repeated step is a difference."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it tells of every step that a resumed run did again
     found = {}
-    for place in sorted({path.parent for path in folder.rglob("events.*")}):
-        events = EventAccumulator(str(place), {"scalars": 0}).Reload()
+    for run in sorted({path.parent for path in folder.rglob("events.*")}):
+        events = EventAccumulator(str(run), {"scalars": 0}).Reload()
         tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
-        found[place.relative_to(folder).as_posix()] = {t: [(e.step, e.value) for e in events.Scalars(t)] for t in tags}
+        found[run.relative_to(folder).as_posix()] = {t: [(e.step, e.value) for e in events.Scalars(t)] for t in tags}
     return found

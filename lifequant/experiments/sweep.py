@@ -149,14 +149,14 @@ class Sweep:
         with tqdm(total=len(self.runs), initial=len(self.runs) - len(self.waiting), unit="run") as bar:
             try:
                 while self.waiting or self.going:
-                    if self.turn(bar):
+                    if self.advance(bar):
                         self.tell(bar)
                     time.sleep(WAIT)
             except BaseException:
                 self.executor.stop([handle for _, handle in self.going.values()])
                 raise
 
-    def turn(self, bar: tqdm) -> bool:
+    def advance(self, bar: tqdm) -> bool:
         """Note what has ended and start what can be started. Returns whether there was anything to do."""
         ended = [(run, code) for run, at in self.going.values() if (code := self.executor.code(at)) is not None]
         for run, code in ended:

@@ -45,8 +45,8 @@ class ERACE(LifelongMethod):
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         classes = torch.arange(logits.shape[1], device=logits.device)
         new = ~batch.is_replay
-        place = new.cumsum(0)  # of a new image among the new ones, from 1
-        stored = batch.is_replay | (place <= self.share * place[-1])
+        rank = new.cumsum(0)  # of a new image among the new ones, from 1
+        stored = batch.is_replay | (rank <= self.share * rank[-1])
         present = ((batch.y[:, None] == classes) & new[:, None]).any(0)
         return super().task_loss(only(logits, stored[:, None] | present), batch)
 

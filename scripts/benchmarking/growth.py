@@ -58,7 +58,7 @@ def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
 def least_slope(sizes: Sequence[float], spreads: Sequence[Sequence[float]]) -> float:
     """The slope where the smaller sizes cost what they cost at most, and the larger ones at least."""
     half = len(sizes) / 2
-    return slope(sizes, [max(costs) if place < half else min(costs) for place, costs in enumerate(spreads)])
+    return slope(sizes, [max(costs) if index < half else min(costs) for index, costs in enumerate(spreads)])
 
 
 def resident() -> float:

@@ -107,15 +107,15 @@ class Files(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        with Image.open(self.paths[place]) as image:
-            return self.transform(image.convert("RGB")), place % CLASSES
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with Image.open(self.paths[index]) as image:
+            return self.transform(image.convert("RGB")), index % CLASSES
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
     """Random PNG files of 32x32 pixels."""
     noise = np.random.default_rng(0)
-    paths = [folder / f"{place:05d}.png" for place in range(count)]
+    paths = [folder / f"{index:05d}.png" for index in range(count)]
     for path in paths:
         Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
     return paths

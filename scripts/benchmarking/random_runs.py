@@ -41,13 +41,13 @@ def random_data(images: Sequence[int], classes: int, tests: int, device: torch.d
     noise = torch.Generator().manual_seed(0)
 
     def labels(task: int, count: int) -> torch.Tensor:
-        first, last = (classes * place // len(images) for place in (task, task + 1))
+        first, last = (classes * index // len(images) for index in (task, task + 1))
         return first + torch.arange(count) % (last - first)
 
     def store(counts: Sequence[int]) -> tuple[Store, list[list[int]]]:
         pixels = torch.randint(0, 256, (sum(counts), 3, 32, 32), dtype=torch.uint8, generator=noise)
         every = torch.cat([labels(task, count) for task, count in enumerate(counts)])
-        names = [f"{place:06d}" for place in range(len(every))]
+        names = [f"{index:06d}" for index in range(len(every))]
         rows = [list(part) for part in torch.arange(len(every)).split(list(counts))]
         return Store(names, every.to(device), pixels.to(device)), [[int(row) for row in part] for part in rows]
 

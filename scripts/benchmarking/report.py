@@ -157,8 +157,8 @@ def picture(found: dict[str, Any], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.3 * len(rows)), layout="constrained")
     colors = [color.get(row.split("_")[0], "tab:blue") for row in rows]
     axis.barh(rows, medians, color=colors, xerr=errors, error_kw={"elinewidth": 1.2, "capsize": 3})
-    for place, row in enumerate(rows):
-        axis.text(found["spread"][row][1], place, f"  {speeds[row]:.0f}", va="center", fontsize=9)
+    for index, row in enumerate(rows):
+        axis.text(found["spread"][row][1], index, f"  {speeds[row]:.0f}", va="center", fontsize=9)
     machine, settings = found["machine"], found["settings"]
     axis.set_title(
         f"Training steps, {settings['model']}, batch {settings['batch']}\n{machine['processor']}, {machine['device']}, "
