@@ -91,7 +91,7 @@ def test_the_state_of_before_is_kept(method, tiny, tmp_path, monkeypatch, capsys
         train(tiny, tmp_path / "without", **more)
     done = at(monkeypatch, 1, {4}, spoil)
     error = fails(tiny, tmp_path / "run", capsys, **more)
-    assert "diverged in task 1, step 4: the task_loss is nan" in error and "first layer with an output" in error
+    assert "diverged in task 1, step 4: the task loss is nan" in error and "first layer with an output" in error
     assert "is conv1" in error and "--resume --on_nan skip" in error and "smaller --lr" in error
     assert len(done) == 1
     assert state(tmp_path / "run")["step"] == 4
@@ -187,7 +187,7 @@ def test_the_layer_is_named(tiny, tmp_path, monkeypatch, capsys):
     [
         ({"method": "ours", "ll_lambda": 1e30}, "the penalty"),
         ({"method": "replay", "distill": 1e38}, "the distillation"),
-        ({"method": "derpp", "derpp_alpha": 1e38}, "the task_loss"),
+        ({"method": "derpp", "derpp_alpha": 1e38}, "the task loss"),
     ],
 )
 def test_the_loss_term_is_named(flags, term, tiny, tmp_path, capsys):

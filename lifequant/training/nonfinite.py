@@ -77,7 +77,7 @@ def diagnose(model: nn.Module, terms: Mapping[str, Tensor], x: Tensor) -> str:
 
     ``terms`` are the loss terms as they were added up; ``x`` is the batch, which passes the network once more.
     """
-    values = {name: float(value) for name, value in terms.items()}
+    values = {name.replace("_", " "): float(value) for name, value in terms.items()}
     said = [f"the {name} is {value:g}" for name, value in values.items() if not torch.tensor(value).isfinite()]
     if not said:
         name = max(values, key=lambda name: abs(values[name]))
