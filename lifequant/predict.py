@@ -30,8 +30,7 @@ def load(job_dir: str | Path) -> nn.Module:
         raise UserError(f"{path}: no such model; a run writes it at its end")
     state = checkpoint.read(found, "model")
     config, names, size = checkpoint.network_of(state, found)
-    with checkpoint.fitting(found, "options"):
-        model = build(config, len(names))
+    model = build(config, len(names))
     checkpoint.load_strictly(found, model, state["model"])
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:

@@ -201,6 +201,13 @@ def test_weights_of_a_model(tiny, runs, tmp_path, capsys):
         one_line(arguments(settings(tiny, tmp_path / "job", source_file=tmp_path / "model.pt")), capsys)
 
 
+def test_options_of_a_model(runs, tmp_path):
+    """A quantizer's own flags are checked as on the command line."""
+    whole = checkpoint.read(runs["ours"] / "model_best.pt", "model")
+    _refused({**whole, "options": {**whole["options"], "proxq_c": -1.0}}, tmp_path)
+    _refused({**whole, "options": {**whole["options"], "proxq_c": [[]]}}, tmp_path)
+
+
 def _refused(state: dict[str, Any], folder: Path) -> None:
     checkpoint.write(folder / "model.pt", state)
     with pytest.raises(UserError) as error:

@@ -13,7 +13,6 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from lifequant import options
+from lifequant import options, registry
 from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
 from lifequant.common.files import sync_folder
@@ -171,11 +170,13 @@ def fitting(path: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error)
-        if "state_dict" not in reason and "size" not in reason and "shape" not in reason:
+        if "CUDA" in reason or not any(word in reason for word in ("state_dict", "size", "shape")):
             raise
     else:
         return
@@ -223,17 +224,25 @@ def network_of(state: dict[str, Any], path: Path) -> tuple[Config, list[str], in
     """
     with fitting(path, "content"):
         given = {name: state["config"][name] for name in NETWORK if name in state["config"]}
-        own = {name: value for name, value in state["options"].items() if isinstance(value, int | float | str)}
         names, size = list(state["class_names"]), state["preprocessing"]["image_size"]
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("class_names are not names")
         if type(size) is not int or not 8 <= size <= LARGEST_IMAGE:
-            raise ValueError(f"image_size {size}")
+            raise ValueError(f"image_size {short(size)}")
     try:
-        config = options.make(**given)
+        return options.make(**given, **_quantizer_flags(given, state["options"])), names, size
     except UserError as error:
         raise UserError(f"{path}: its settings make no network: {short(error)}") from None
-    return replace(config, options={**config.options, **own}), names, size
+
+
+def _quantizer_flags(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The quantizers' own flags among ``own``, for options.make. Raises UserError for an unknown quantizer."""
+    found = {}
+    for quantizer in {str(settings.get(name)) for name in ("quantizer", "act_quantizer")}:
+        for name, action in registry.own_flags("quantizer", quantizer).items():
+            if name in own and (action.nargs != 0 or own[name]):  # a flag without a value is given where it is true
+                found[name] = [] if action.nargs == 0 else own[name]
+    return found
 
 
 def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) -> bool:

@@ -141,7 +141,9 @@ class Run:
             self.epoch_sums.copy_(state["epoch_sums"])
             self.scales.limited_updates.copy_(state["limited_updates"])
         self.timer = Timer(self.history, self.timer.since)
-        parts = {"optimizer": self.optimizer, "ema": self.ema, "oscillations": self.oscillations, "method": self.method}
+        with checkpoint.fitting(path, "optimizer's state"):
+            self.optimizer.load_state_dict(state["optimizer"])  # which sends each tensor where torch wants it
+        parts = {"ema": self.ema, "oscillations": self.oscillations, "method": self.method}
         if self.penalty is not self.method:
             parts["penalty"] = self.penalty
         for name, part in parts.items():
@@ -149,5 +151,5 @@ class Run:
                 with checkpoint.fitting(path, f"{name}'s state"):
                     part.load_state_dict(checkpoint.to_device(state[name], self.device))
         if self.task_index or self.step:
-            with torch.no_grad(), checkpoint.fitting(path, "penalty's state"):
+            with torch.no_grad():
                 self.penalty.penalty(self.model)  # what doesn't fit fails here, and not in mid-training
