@@ -192,7 +192,7 @@ def test_damage_is_found(tmp_path):
     assert torch.load(path, weights_only=True)["schema"] == checkpoint.SCHEMA
     position = data.index(torch.arange(1000.0).numpy().tobytes()) + 5
     flipped = data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
-    for changed in (flipped, data[:-1], data[: len(data) // 2], b""):
+    for changed in (flipped, b"x" + data, data[:-1], data[: len(data) // 2], b""):
         path.write_bytes(changed)
         with pytest.raises(UserError, match=r"a\.pt: not a checkpoint that can be read"):
             checkpoint.read(path, "run")

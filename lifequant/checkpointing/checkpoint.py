@@ -107,15 +107,12 @@ def is_intact(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            begins = min((member.header_offset for member in members), default=-1) == 0
             size = sum(member.file_size for member in members)
-            return stored and size <= path.stat().st_size and archive.testzip() is None
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # what a damaged directory gives
+            return stored and begins and size <= path.stat().st_size and archive.testzip() is None
+    except FileNotFoundError:
+        raise
+    except Exception:  # a damaged directory makes zipfile raise errors of many types
         return False
 
 
