@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--against", help="JSON file of another run to compare with")
     parser.add_argument("--bound", type=real(0), default=0.0, help="relative difference that is allowed")
-    parser.add_argument("--flags", default="", help='flags of the run, in one string: "--compile on"')
+    parser.add_argument("--flags", default="", help='flags of the run, in one string: --flags="--compile on"')
     args = parser.parse_args(argv)
     now = losses(args.flags.split())
     Path(args.out).write_text(json.dumps(now) + "\n", encoding="utf-8")

@@ -119,8 +119,9 @@ def test_user_errors():
 
 
 def test_first_and_last():
-    assert bits_of(net(keep_first_last=None)[1])["conv1.weight_quant"] == 4
-    found = bits_of(net(weight_bits=2, act_bits=3, keep_first_last=6)[1])
+    assert bits_of(net(first_last_bits=None)[1]) == bits_of(net(keep_first_last=None)[1])  # the former name
+    assert bits_of(net(first_last_bits=None)[1])["conv1.weight_quant"] == 4
+    found = bits_of(net(weight_bits=2, act_bits=3, first_last_bits=6)[1])
     assert [found[f"{name}.weight_quant"] for name in ("conv1", "conv2", "conv3", "fc")] == [6, 2, 2, 6]
     assert found["relu.act_quant"] == found["relu6.act_quant"] == 3
     assert set(bits_of(net(weight_bits=32, act_bits=32)[1]).values()) == {32}
@@ -213,7 +214,7 @@ def test_transformer_is_quantized_in_eval_mode():
     """torch computes such a layer from its float weights where it can."""
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
-    q = quantize_model(model, weight_bits=2, keep_first_last=None)
+    q = quantize_model(model, weight_bits=2, first_last_bits=None)
     x = torch.randn(2, 5, 8)
     calibrate(q, x)
     assert {"layers.0.linear1", "layers.0.linear2"} == set(q.quantization.swapped)

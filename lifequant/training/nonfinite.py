@@ -77,7 +77,7 @@ def diagnose(model: nn.Module, terms: Mapping[str, Tensor], x: Tensor) -> str:
 
     ``terms`` are the loss terms as they were added up; ``x`` is the batch, which passes the network once more.
     """
-    values = {name.replace("_", " "): float(value) for name, value in terms.items()}
+    values = {name.replace("_", " "): value.item() for name, value in terms.items()}
     said = [f"the {name} is {value:g}" for name, value in values.items() if not torch.tensor(value).isfinite()]
     if not said:
         name = max(values, key=lambda name: abs(values[name]))
@@ -108,7 +108,7 @@ def first_nonfinite_layer(model: nn.Module, x: Tensor) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    return _first_nonfinite(outputs)
+    return _first_nonfinite((name, output) for name, output in outputs if torch.is_tensor(output))
 
 
 def _first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:

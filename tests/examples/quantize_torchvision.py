@@ -18,7 +18,7 @@ images, labels = torch.randn(4, 3, 64, 64), torch.randint(10, (4,))  # a batch o
 
 for name in sys.argv[1:] or MODELS:
     model = get_model(name, num_classes=10)  # with weights: before or after quantize_model, its state dict fits both
-    q = quantize_model(model, quantizer="proxq", weight_bits=4, act_bits=4, keep_first_last=8)
+    q = quantize_model(model, quantizer="proxq", weight_bits=4, act_bits=4, first_last_bits=8)
     calibrate(q, [(images, labels)])  # a DataLoader: the first batches are read
     optimizer = torch.optim.SGD(param_groups(q, lr=0.01, weight_decay=1e-4), momentum=0.9)
     steps = Scales(q)
