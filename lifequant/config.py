@@ -125,7 +125,8 @@ class Config:
         choices=presets.names(),
     )
     balanced: bool | None = switch(None, METHOD, "False trains ours with plain cross entropy and uniform sampling")
-    loss: str = flag("", METHOD, "task loss (default: the method's)", choices=list(LOSSES))
+    loss: str = flag("", METHOD, f"task loss: {', '.join(LOSSES)} (default: the method's)", choices=list(LOSSES),
+                     metavar="LOSS")  # fmt: skip
     sampler: str = flag("", METHOD, "how to draw training images (default: the method's)", choices=["uniform", "ball"])
     penalty: str = flag("", METHOD, "penalty instead of the method's own, or none (default: the method's)")
     ll_lambda: float | None = flag(

@@ -168,6 +168,8 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
     given.setdefault("ll_lambda", defaults.get("ll_lambda", 0.0))
     if not defaults["replay"] and given.get("buffer_size") is None:
         given.setdefault("replay_rate", 0.0)
+    if given.get("buffer_size") is not None and given.get("replay_rate") is not None:
+        raise UserError("--buffer_size and --replay_rate both say how many images to store: leave one out")
     if given.get("nme") and given.get("replay_rate") == 0 and given.get("buffer_size") is None:
         raise UserError(
             f"--nme needs stored images, and {given['method']} stores none: give --replay_rate or --buffer_size"

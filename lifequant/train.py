@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
@@ -32,7 +31,7 @@ from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
 from lifequant.runtime.device import deterministic, pick_device, wants_compile
 from lifequant.runtime.log import Log
-from lifequant.training import history, initialize
+from lifequant.training import history, initialize, progress
 from lifequant.training.divergence import skip_step, stop_at_last_checkpoint
 from lifequant.training.ema import make_ema, update_ema
 from lifequant.training.run import Run
@@ -93,6 +92,7 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
 
 def compile_step(run: Run) -> None:
     """Compile the forward pass and the loss terms as one graph; on a GPU as CUDA graphs, which need one launch each."""
+    run.log.say("compiling the training step: 1 to 3 minutes the first time, and silence until then")
     torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
     run.compiled = True
     alone = distributed.world_size() == 1  # SyncBatchNorm's messages can't be part of a CUDA graph
@@ -104,21 +104,13 @@ def compile_step(run: Run) -> None:
 def train_task(run: Run, task: Task) -> None:
     """Train on one task, from ``run.step`` steps on."""
     config = run.config
-    size = distributed.batch_size(min(config.train_batch_size, len(task.pool)))
-    steps_per_epoch = -(-len(task.pool) // size)
+    size, steps_per_epoch = progress.epoch_steps(config, len(task.pool))
     steps = config.num_epochs * steps_per_epoch
     first = run.step + 1 if run.step else 0  # what was written at the checkpoint's own step is kept
     curves = run.log.writer(f"task{run.data.ids[task.task_index]}", purge_step=first)
     order = None
     run.timer.begin_task()
-    bar = tqdm(
-        total=steps,
-        initial=run.step,
-        desc=task.name,
-        unit=" steps",
-        leave=False,
-        disable=distributed.rank() > 0 or None,
-    )
+    bar = progress.progress_bar(run, task, steps)
     run.model.train()
     while run.step < steps:
         run.timer.switch("data")
@@ -142,7 +134,7 @@ def train_task(run: Run, task: Task) -> None:
         run.timer.switch("logging")
         bar.update()
         if run.step % config.print_freq == 0 or run.step == steps:
-            results.read_window(run, curves, bar, config.lr * factor)
+            results.read_window(run, task, curves, bar, config.lr * factor)
         if run.step % steps_per_epoch == 0:
             end_epoch(run, task, epoch, curves)
         due = run.timer.since_checkpoint() > config.checkpoint_seconds and run.step < steps
@@ -198,8 +190,9 @@ def train_all(run: Run) -> None:
         if run.step == 0:
             begin_task(run, task)
         run.load_teacher(task)
-        replay = f" and {len(task.replay)} replay images" if len(task.replay) else ""
-        run.log.say(f"{task.name}: {len(task.classes)} classes, {len(task.new_rows)} training{replay}")
+        run.log.say(
+            f"{task.name}: {len(task.classes)} classes, {len(task.new_rows)} new images{progress.replayed(task)}"
+        )
         fault_injection.point("task")
         with run.timer.part("training"), preemption.polled(distributed.world_size() == 1):
             train_task(run, task)
@@ -233,6 +226,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             log.say(f"{folder}: this run is finished\n{table(finished)}")
             return finished
         this = Run(config, log, device, dataset, began)
+        log.say(progress.header(this))
         distributed.check(
             config,
             this.method.batch_separable and this.penalty.batch_separable,
@@ -259,4 +253,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             train_all(this)
             found = results.finish(this)
         distributed.barrier()  # what a next run begins from is there
+        log.say(
+            f"finished in {progress.duration(time.perf_counter() - began)}; results.json and model_best.pt are in {folder}"
+        )
         return found

@@ -73,7 +73,7 @@ def test_a_whole_run(tiny, tmp_path):
     found, alone = read(job), train(tiny, tmp_path / "alone", method="ours", checkpoint_seconds=0)
     assert [found["tasks"], found["config"]] == [alone["tasks"], alone["config"]]
     assert done.stdout.count("after task 1, top-1") == 1
-    assert (job / "logger.log").read_text().count("task 0, epoch 0: loss") == 1
+    assert (job / "logger.log").read_text().count("task 0 epoch 1/1  loss") == 1
     state = torch.load(job / "checkpoint/last.pt", weights_only=True)
     assert state["processes"] == 2 and state["epoch_sums"][4] == 5 * 8  # images of all processes, 5 steps of 8
     kept = torch.load(tmp_path / "alone/checkpoint/last.pt", weights_only=True)["penalty"]["importance"]

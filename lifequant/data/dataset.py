@@ -92,6 +92,11 @@ class DataSet:
             augment=augmentation(config),
         )
 
+    def pool_sizes(self, config: Config, joint: bool = False) -> list[int]:
+        """How many images each task trains on, new and replayed ones."""
+        tasks = 1 if joint else len(self.ids)
+        return [len(self.task(task_index, config, joint).pool) for task_index in range(tasks)]
+
 
 def load_dataset(config: Config, device: torch.device, say: Callable[[str], None]) -> DataSet:
     """Read, check and decode everything that ``config`` asks for; ``say`` takes lines for the user. Raises UserError."""

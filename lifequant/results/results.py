@@ -23,6 +23,7 @@ from lifequant.quantizers.base import FakeQuant
 from lifequant.results import schema
 from lifequant.results.run_warnings import warn_of, warn_of_one_code
 from lifequant.results.table import table
+from lifequant.training import progress
 from lifequant.training.divergence import refuse_nonfinite, stop_at_last_checkpoint
 from lifequant.training.ema import ema_bytes
 from lifequant.training.history import means
@@ -41,7 +42,7 @@ KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
 
-def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
+def read_window(run: Run, task: Any, curves: Any, bar: Any, lr: float) -> None:
     """Read the means since the last reading, for the curves and the progress bar.
 
     Raises UserError where they are not finite.
@@ -59,7 +60,7 @@ def read_window(run: Run, curves: Any, bar: Any, lr: float) -> None:
         curves.add_scalar("speed/images_per_second", speed, run.step)
     for name, quant in fake_quants(run.model):
         curves.add_scalar(f"quantizer_step_size/{name}", quant.scale().mean().item(), run.step)
-    bar.set_postfix_str(f"loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %, {speed or 0:.0f} images/s")
+    progress.show(run, task, bar, values)
 
 
 def memory_bytes(run: Run, task: Any) -> dict[str, int]:
@@ -94,7 +95,9 @@ def end_task(run: Run, task: Any) -> None:
         ("quantization_error", scores.error),
     ):
         history[name].append(row)
-    history["tasks"].append({"train_images": len(task.new_rows), "replay_images": len(task.replay)})
+    history["tasks"].append(
+        {"train_images": len(task.new_rows), "replay_images": len(task.replay), "stored_images": task.buffer_count}
+    )
     history["training"].append(means(run.epoch_sums, run.term_names))
     history["memory"] = memory_bytes(run, task)
     for i, id in enumerate(run.data.ids):
@@ -155,7 +158,9 @@ def assemble(run: Run) -> dict[str, Any]:
     tests = [len(rows) for rows in data.test_rows]
     joint = run.method.joint
     images = (
-        history["tasks"] if not joint else [{"train_images": len(rows), "replay_images": 0} for rows in data.new_rows]
+        history["tasks"]
+        if not joint
+        else [{"train_images": len(rows), "replay_images": 0, "stored_images": 0} for rows in data.new_rows]
     )
     return {
         "schema": SCHEMA,
@@ -204,7 +209,7 @@ def finish(run: Run) -> dict[str, Any]:
     for target in (folder, folder / "checkpoint"):
         checkpoint.write(target / "model_best.pt", model)
     if not run.config.val_fraction:
-        run.log.say("model_best.pt is the last epoch's model: without --val_fraction no epoch is chosen")
+        run.log.say("model_best.pt is the last epoch's model: --val_fraction chooses the best one")
     run.log.summary(results)
     most = [(c["codes"], c["bits"], name) for name, c in results["max_codes_per_tensor"].items()]
     if most:

@@ -72,7 +72,7 @@ def wants_compile(
         chosen, why = False, f"{lacking} is not there"
     else:
         chosen = steps >= least
-        why = f"{steps} steps on {device.type}, a compilation pays from {least} on"
+        why = f"a {'long' if chosen else 'short'} run: a compilation pays from about {least} steps on"
     if chosen and lacking:
         way = "or begin the run anew" if kept else "or leave the flag out"
         raise UserError(

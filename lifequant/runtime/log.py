@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +33,15 @@ COMPARED = [
 ]
 
 
+def folded(line: str) -> str:
+    """The line, broken at blanks where it is wider than 80 columns."""
+    return (
+        textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        if len(line) > 80
+        else line
+    )
+
+
 class Log:
     """Writes lines to the terminal and to ``logger.log``, and curves to ``job_dir/run``, one TensorBoard run for each task."""
 
@@ -49,11 +59,18 @@ class Log:
         self.file.writelines(self.early)
 
     def say(self, text: str) -> None:
-        """Write a line to the terminal and to the log."""
-        text = "\n".join(one_line(line) for line in text.split("\n"))
-        tqdm.write(text, file=sys.stdout)
+        """Write lines to the terminal, none wider than 80 columns, and to the log, as they are."""
+        lines = [one_line(line) for line in text.split("\n")]
+        tqdm.write("\n".join(map(folded, lines)), file=sys.stdout)
         sys.stdout.flush()
-        self.note(text)
+        self.note("\n".join(lines))
+
+    def epoch(self, text: str) -> None:
+        """Write an epoch's line to the log, and to the terminal where no progress bar shows the same."""
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            self.note(text)
+        else:
+            self.say(text)
 
     def note(self, text: str) -> None:
         """Write a line to the log alone."""

@@ -41,6 +41,8 @@ class Run:
         self.penalty: TrainingHooks = self.method if own_penalty else registry.penalty(config.penalty)(config)
         self.callbacks = [self.method] if own_penalty else [self.method, self.penalty]
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
+        self.pool_sizes = dataset.pool_sizes(config, self.method.joint)
+        self.expects_time = True  # until the run has said how long it will take
         self.task_index = self.step = 0  # the task, and the steps done in it
         self.set_model(distributed.synchronized(build(config, dataset.num_classes).to(device), device))
         self.teacher: nn.Module | None = None  # the former task's model, where something distills from it

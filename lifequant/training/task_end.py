@@ -10,6 +10,7 @@ from lifequant.common.seeding import generator
 from lifequant.data.task import Task
 from lifequant.evaluation.evaluate import validation_top1
 from lifequant.qat.batchnorm import reestimate_bn
+from lifequant.training import progress
 from lifequant.training.ema import averaged_state
 from lifequant.training.head import train_head
 from lifequant.training.history import means
@@ -17,12 +18,8 @@ from lifequant.training.run import Run
 
 
 def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
-    """Write a line to the log; with held-out training images, choose the best epoch."""
-    values = means(run.epoch_sums, run.term_names)
-    run.log.note(
-        f"{task.name}, epoch {epoch}: loss {values['loss']:.4f} (penalty {values['penalty']:.4f}), "
-        f"training top-1 {values['top1']:.2f} %"
-    )
+    """Say how the epoch went; with held-out training images, choose the best epoch."""
+    run.log.epoch(progress.line(run, task, epoch, means(run.epoch_sums, run.term_names)))
     rows = sorted(set().union(*run.data.held_out)) if run.method.joint else run.data.held_out[task.task_index]
     if not rows:
         return
@@ -46,7 +43,7 @@ def finish_training(run: Run, task: Task) -> None:
     """
     config, model = run.config, run.model
     if run.best:
-        run.log.say(f"the model of epoch {run.best['epoch']} is kept: {run.best['top1']:.2f} % on held-out images")
+        run.log.say(f"the model of epoch {run.best['epoch'] + 1} is kept: {run.best['top1']:.2f} % on held-out images")
         model.load_state_dict(run.best["model"])
         run.best = {}
     elif run.ema:

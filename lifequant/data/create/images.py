@@ -146,7 +146,7 @@ def _write(out: Path, found: ImageSet, todo: list[tuple[str, int, int]], total: 
     indices = {
         split: [np.flatnonzero(found.labels[split] == label) for label in range(len(found.names))] for split in SPLITS
     }
-    with tqdm(total=total, initial=total - len(todo), unit=" images", desc="writing") as bar:
+    with tqdm(total=total, initial=total - len(todo), unit=" images", desc="writing", disable=None) as bar:
         for split, label, number in todo:
             png = io.BytesIO()
             Image.fromarray(found.images[split][indices[split][label][number - 1]]).save(png, "PNG")

@@ -1,0 +1,123 @@
+"""What a run says of its progress: a header, a bar on a terminal, and elsewhere a line for each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from tqdm import tqdm
+
+from lifequant.config import Config
+from lifequant.data.task import Task
+from lifequant.runtime import distributed
+from lifequant.training.run import Run
+
+WIDTH = 79
+KNOWN_AFTER = 5  # seconds of training steps
+AT_TASK_END = ("evaluation", "method", "head", "bn_reestimate")  # parts of the timer
+
+
+def header(run: Run) -> str:
+    """What is trained, on what, where: a line each."""
+    config, data = run.config, run.data
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    images = f"{len(data.train.paths):,} training and {len(data.test.paths):,} test images"
+    steps = sum(epoch_steps(config, pool)[1] for pool in run.pool_sizes) * config.num_epochs
+    threads = (
+        f", {torch.get_num_threads()} thread{'s'[: torch.get_num_threads() - 1]}" if run.device.type == "cpu" else ""
+    )
+    processes = f", {count} processes" if (count := distributed.world_size()) > 1 else ""
+    lines = {
+        "method": f"{config.method}, loss {config.loss}, sampler {config.sampler}, penalty {config.penalty}",
+        "network": f"{config.target_model}, {parameters:,} parameters",
+        **_bits(config),
+        "data": f"{data.prefix}, {data.num_classes} classes, tasks: {len(data.ids)}, {images}",
+        "work": f"{config.num_epochs} epochs a task, in all {steps:,} steps of {config.train_batch_size} images, seed {config.seed}",
+        "device": f"{run.device}{threads}{processes}, torch {torch.__version__}",
+        "folder": config.job_dir,
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _bits(config: Config) -> dict[str, str]:
+    if config.bitW == config.abitW == 32:
+        return {"bits": "32, not quantized"}
+    ends = f", {config.first_last_bits} (first and last layer)" if config.bitW < 32 else ""
+    quantizers = dict.fromkeys([config.quantizer, config.act_quantizer])
+    return {
+        "bits": f"{config.bitW} (weights), {config.abitW} (activations){ends}",
+        "quantizer": " (weights), ".join(quantizers) + " (activations)" * (len(quantizers) > 1),
+    }
+
+
+def replayed(task: Task) -> str:
+    """How many stored images are trained on; stored ones that the task has as its own are not counted twice."""
+    if not task.buffer_count:
+        return ""
+    same = task.buffer_count - len(task.replay)
+    return f", {len(task.replay)} replayed" + (f" ({task.buffer_count} stored, {same} among the new)" if same else "")
+
+
+def epoch_steps(config: Config, pool: int) -> tuple[int, int]:
+    """(images in a step, steps in an epoch) of a task that trains on ``pool`` images."""
+    size = distributed.batch_size(min(config.train_batch_size, pool))
+    return size, -(-pool // size)
+
+
+def progress_bar(run: Run, task: Task, steps: int) -> tqdm:
+    """A bar of 80 columns for a task's steps; nothing is shown where there is no terminal."""
+    return tqdm(
+        total=steps,
+        initial=run.step,
+        desc=task.name,
+        leave=False,
+        ncols=WIDTH,
+        bar_format="{desc} |{bar}|",
+        disable=distributed.rank() > 0 or None,
+    )
+
+
+def line(run: Run, task: Task, epoch: int, values: Mapping[str, float]) -> str:
+    """Task, epoch from 1, loss, training accuracy, speed and time left."""
+    parts = [
+        f"{task.name} epoch {epoch + 1}/{run.config.num_epochs}",
+        f"loss {values['loss']:.3f}",
+        f"top-1 {values['top1']:.1f} %",
+    ]
+    if speed := run.timer.images_per_second():
+        parts.append(f"{speed:.0f} images/s")
+    if (left := seconds_left(run)) is not None:
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+def show(run: Run, task: Task, bar: tqdm, values: Mapping[str, float]) -> None:
+    """Renew the bar's text. Says once, as soon as the speed is known, how long the run will take if that is over a minute."""
+    index = max(run.step - 1, 0) // epoch_steps(run.config, len(task.pool))[1]
+    bar.set_description_str(line(run, task, index, values))
+    left = seconds_left(run)
+    if run.expects_time and left is not None and run.history["timed_seconds"] > KNOWN_AFTER:
+        run.expects_time = False
+        if left > 60:
+            run.log.say(f"about {duration(left)} to go, at {run.timer.images_per_second():.0f} images/s")
+
+
+def seconds_left(run: Run) -> float | None:
+    """Seconds until the run ends, at its mean speed and its mean time at a task's end; None before that is known."""
+    speed = run.timer.images_per_second()
+    if not speed:
+        return None
+    sizes = [epoch_steps(run.config, pool) for pool in run.pool_sizes]
+    images = sum(size * steps * run.config.num_epochs for size, steps in sizes[run.task_index :])
+    images -= run.step * sizes[run.task_index][0]
+    parts = run.history["seconds_by_part"]
+    at_end = sum(parts.get(name, 0.0) for name in AT_TASK_END) / run.task_index if run.task_index else 0.0
+    return images / speed + at_end * (run.num_tasks - run.task_index)
+
+
+def duration(seconds: float) -> str:
+    """For a reader: "45 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
