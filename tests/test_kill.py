@@ -208,7 +208,8 @@ def test_a_broken_last_checkpoint(tiny, straight, tmp_path, capsys):
     last.write_bytes(data)
     argv = arguments(settings(tiny, folder, method="derpp", **FREE))
     ends_the_same(argv, folder, straight)
-    assert "last.pt: not a checkpoint that can be read" in (out := capsys.readouterr().out)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "last.pt: not a checkpoint that can be read" in out
     assert "the checkpoint before it is taken instead" in out
     for name in ("last.pt", "previous.pt"):
         (folder / "checkpoint" / name).write_bytes(data)

@@ -62,7 +62,7 @@ def test_resume(step, tiny, whole, tmp_path, monkeypatch, capsys):
         same(*(read(folder) for folder in folders), f"{bits}")
         same(*(checkpoint.read(folder / "model_best.pt", "model") for folder in folders), f"{bits}")
     lines = capsys.readouterr().out.splitlines()
-    head = next(place for place, line in enumerate(lines) if line.startswith("bits  "))
+    head = next(place for place, line in enumerate(lines) if line.split()[:2] == ["bits", "tasks"])
     assert [line.split()[0] for line in lines[head + 1 : head + 4]] == ["32/32", "4/4", "2/2"]
     assert float(lines[head + 3].split()[3]) == pytest.approx(read(job / "2bit")["average_accuracy"], abs=0.01)
 
