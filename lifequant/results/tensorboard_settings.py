@@ -1,0 +1,103 @@
+"""A run's settings in TensorBoard: its text tab, its line in the hparams tab, the page of custom scalars."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import summary
+from tensorboardX.proto import api_pb2, plugin_hparams_pb2
+from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+
+from lifequant.config import Config
+from lifequant.results.versions import versions
+from lifequant.runtime.tensorboard import Curves
+from lifequant.training.run import Run
+
+HPARAMS = {  # TensorBoard sorts them by name
+    "1_method": "method",
+    "2_bits": "bitW",
+    "3_quantizer": "quantizer",
+    "4_seed": "seed",
+    **{name: name for name in ("abitW", "act_quantizer", "loss", "sampler", "penalty", "ll_lambda", "replay_rate")},
+    **{name: name for name in ("buffer_size", "distill", "ema", "optimizer", "lr", "train_batch_size", "num_epochs")},
+}
+METRICS = {  # the last value of a curve
+    "1_accuracy/average_class_il": "average accuracy (%)",
+    "2_forgetting/average": "forgetting (points)",
+    "9_memory_bytes": "bytes",
+}
+LAYOUT = {
+    "LifeQuant": {
+        "test accuracy (%): average and each task": ["1_accuracy/(average_class_il|test_task.*)"],
+        "forgetting (points): average and each task": ["2_forgetting/.*"],
+    }
+}
+
+
+def write(run: Run) -> None:
+    """Write what is known before the first step."""
+    curves, config = run.log.curves, run.config
+    curves.add_text("2_command", f"```\n{command()}\n```", 0)
+    curves.add_text("3_settings", settings_table(config), 0)
+    curves.add_text("4_versions", table(("what", "version"), versions().items()), 0)
+    layout = {page: {title: ["Multiline", tags] for title, tags in charts.items()} for page, charts in LAYOUT.items()}
+    curves.add(summary.custom_scalars(layout), 0)
+    for part in hparams(config):
+        curves.add(part, 0)
+
+
+def write_end(curves: Curves) -> None:
+    """Mark the run as finished in the hparams tab."""
+    end = plugin_hparams_pb2.SessionEndInfo(status=api_pb2.Status.Value("STATUS_SUCCESS"))
+    curves.add(_hparams_part("session_end_info", end), 0)
+
+
+def command() -> str:
+    """This process's command line, to be pasted into a shell."""
+    words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    return shlex.join(words)
+
+
+def settings_table(config: Config) -> str:
+    """Markdown: every setting and its value; bold where it is not the default."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    rows = []
+    for name, value in config.asdict().items():
+        value = tuple(value) if isinstance(value, list) else value
+        changed = name in defaults and value != defaults[name]
+        rows.append((f"**{name}**", f"**{value}**") if changed else (name, value))
+    return table(("setting", "value"), rows)
+
+
+def table(head: tuple[str, str], rows: Any) -> str:
+    """Markdown: a table of two columns."""
+    lines = [head, ("---", "---"), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def hparams(config: Config) -> list[Summary]:
+    """What the hparams tab needs of a run. Every run names the same columns, since TensorBoard takes those of one run."""
+    kinds = {str: "DATA_TYPE_STRING", bool: "DATA_TYPE_BOOL"}
+    start = plugin_hparams_pb2.SessionStartInfo()
+    columns = []
+    for name, setting in HPARAMS.items():
+        value = getattr(config, setting)
+        kind = kinds.get(type(value), "DATA_TYPE_FLOAT64")
+        columns.append(api_pb2.HParamInfo(name=name, display_name=setting, type=api_pb2.DataType.Value(kind)))
+        if isinstance(value, str):
+            start.hparams[name].string_value = value
+        elif value is not None:
+            start.hparams[name].number_value = value
+    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=text) for tag, text in METRICS.items()]
+    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
+    return [_hparams_part("experiment", experiment), _hparams_part("session_start_info", start)]
+
+
+def _hparams_part(name: str, content: Any) -> Summary:
+    data = plugin_hparams_pb2.HParamsPluginData(version=0, **{name: content}).SerializeToString()
+    plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data)
+    return Summary(value=[Summary.Value(tag=f"_hparams_/{name}", metadata=SummaryMetadata(plugin_data=plugin))])
