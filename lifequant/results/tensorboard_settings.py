@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tensorboardX import summary
 from tensorboardX.proto import api_pb2, plugin_hparams_pb2
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
+from lifequant import options
 from lifequant.config import Config
 from lifequant.results.versions import versions
 from lifequant.runtime.tensorboard import Curves
@@ -63,13 +63,13 @@ def command() -> str:
 
 
 def settings_table(config: Config) -> str:
-    """Markdown: every setting and its value; bold where it is not the default."""
-    defaults = {f.name: f.default for f in fields(Config)}
-    rows = []
-    for name, value in config.asdict().items():
-        value = tuple(value) if isinstance(value, list) else value
-        changed = name in defaults and value != defaults[name]
-        rows.append((f"**{name}**", f"**{value}**") if changed else (name, value))
+    """Markdown: every setting and its value; bold where it is not the method's default."""
+    defaults = options.make(method=config.method).asdict()
+    mark = {name: "**" if value != defaults.get(name, value) else "" for name, value in config.asdict().items()}
+    rows = [
+        (f"{mark[name]}{name}{mark[name]}", f"{mark[name]}{value}{mark[name]}")
+        for name, value in config.asdict().items()
+    ]
     return table(("setting", "value"), rows)
 
 

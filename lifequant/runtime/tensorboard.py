@@ -46,7 +46,10 @@ class Curves:
 
     def add_scalar(self, tag: str, value: float, step: int, description: str = "") -> None:
         """``description``: Markdown, which TensorBoard shows beside the curve."""
-        self.add(summary.scalar(tag, value, summary_description=description), step)
+        what = summary.scalar(tag, value, summary_description=description)
+        if description:  # tensorboardX leaves out whose the description is
+            what.value[0].metadata.plugin_data.plugin_name = "scalars"
+        self.add(what, step)
 
     def add_histogram(self, tag: str, values: np.ndarray, step: int) -> None:
         self.add(summary.histogram(tag, values, _BINS), step)
