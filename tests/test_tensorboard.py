@@ -120,15 +120,16 @@ def test_what_is_shown_of_the_settings(job):
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     mine = hparams.HParamsPluginData.FromString(content).session_start_info.hparams
     assert (mine["1_method"].string_value, mine["3_quantizer"].string_value) == ("ours", "proxq")
-    assert (mine["2_bits"].number_value, mine["ll_lambda"].number_value) == (4, 3)
+    assert (mine["2_bits"].string_value, mine["4_seed"].string_value) == ("4/4", "0")
+    assert mine["ll_lambda"].number_value == 3
     assert "buffer_size" not in mine  # it is not given
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     experiment = hparams.HParamsPluginData.FromString(content).experiment
-    assert {info.name for info in experiment.hparam_infos} == set(tensorboard_settings.HPARAMS)
+    assert {info.name for info in experiment.hparam_infos} == set(tensorboard_settings.columns(options.make()))
     assert all(info.name.tag in events.Tags()["scalars"] for info in experiment.metric_infos)
     raw = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     (page,) = layouts.Layout.FromString(raw).category
-    assert page.title == "LifeQuant" and len(page.chart) == 2
+    assert page.title == "LifeQuant" and len(page.chart) == 3
 
 
 @pytest.mark.parametrize("call", [4, 5, 19])
@@ -257,8 +258,8 @@ def test_codes_picture():
     quant = LSQWeight(2)
     counts = CodeCounts(quant, quant.qn, torch.tensor([1, 0, 4, 2]))
     picture = codes_picture({f"layer{i}.weight_quant": counts for i in range(6)})
-    assert picture.shape == (2 * 112, 900, 3)
-    blue = (picture[:112, :180] == (107, 174, 214)).all(2).sum(0)  # of each column of the first chart
+    assert picture.shape == (2 * 60 + 2 * 140, 900, 3)
+    blue = (picture[60:200, :180] == (107, 174, 214)).all(2).sum(0)  # of each column of the first chart
     heights = [blue[8 + 41 * code : 8 + 41 * (code + 1)].max() for code in range(4)]
     assert heights[1] == 0 and heights[2] > heights[3] > heights[0] > 0
 

@@ -17,14 +17,9 @@ from lifequant.results.versions import versions
 from lifequant.runtime.tensorboard import Curves
 from lifequant.training.run import Run
 
-HPARAMS = {  # TensorBoard sorts them by name
-    "1_method": "method",
-    "2_bits": "bitW",
-    "3_quantizer": "quantizer",
-    "4_seed": "seed",
-    **{name: name for name in ("abitW", "act_quantizer", "loss", "sampler", "penalty", "ll_lambda", "replay_rate")},
-    **{name: name for name in ("buffer_size", "distill", "ema", "optimizer", "lr", "train_batch_size", "num_epochs")},
-}
+FIRST = ("method", "bits", "quantizer", "seed", "penalty")  # columns that the hparams tab shows at once
+OTHERS = ("act_quantizer", "loss", "sampler", "ll_lambda", "replay_rate", "buffer_size", "distill", "ema", "optimizer",
+          "lr", "train_batch_size", "num_epochs")  # fmt: skip
 METRICS = {  # the last value of a curve
     "1_accuracy/average_class_il": "average accuracy (%)",
     "2_forgetting/average": "forgetting (points)",
@@ -32,7 +27,8 @@ METRICS = {  # the last value of a curve
 }
 LAYOUT = {
     "LifeQuant": {
-        "test accuracy (%): average and each task": ["1_accuracy/(average_class_il|test_task.*)"],
+        "Class-IL accuracy (%): average and each task": ["1_accuracy/(average_class_il|test_task.*)"],
+        "average accuracy (%): Class-IL and Task-IL": ["1_accuracy/average_(class|task)_il"],
         "forgetting (points): average and each task": ["2_forgetting/.*"],
     }
 }
@@ -57,9 +53,9 @@ def write_end(curves: Curves) -> None:
 
 
 def command() -> str:
-    """This process's command line, to be pasted into a shell."""
+    """This process's command line, a flag a line, to be pasted into a shell."""
     words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
-    return shlex.join(words)
+    return shlex.join(words).replace(" --", " \\\n  --")
 
 
 def settings_table(config: Config) -> str:
@@ -79,21 +75,30 @@ def table(head: tuple[str, str], rows: Any) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def columns(config: Config) -> dict[str, str | float | None]:
+    """{a column of the hparams tab: its value}. TensorBoard sorts by name and shows the first five at once.
+
+    Seed and bits (of weights and activations, 4/4) are text, since TensorBoard shows a number as 4.0000.
+    """
+    text = {"bits": f"{config.bitW}/{config.abitW}", "seed": str(config.seed)}
+    first = {
+        f"{place}_{name}": text[name] if name in text else getattr(config, name) for place, name in enumerate(FIRST, 1)
+    }
+    return {**first, **{name: getattr(config, name) for name in OTHERS}}
+
+
 def hparams(config: Config) -> list[Summary]:
     """What the hparams tab needs of a run. Every run names the same columns, since TensorBoard takes those of one run."""
-    kinds = {str: "DATA_TYPE_STRING", bool: "DATA_TYPE_BOOL"}
-    start = plugin_hparams_pb2.SessionStartInfo()
-    columns = []
-    for name, setting in HPARAMS.items():
-        value = getattr(config, setting)
-        kind = kinds.get(type(value), "DATA_TYPE_FLOAT64")
-        columns.append(api_pb2.HParamInfo(name=name, display_name=setting, type=api_pb2.DataType.Value(kind)))
+    start, infos = plugin_hparams_pb2.SessionStartInfo(), []
+    for name, value in columns(config).items():
+        kind = api_pb2.DataType.Value("DATA_TYPE_STRING" if isinstance(value, str) else "DATA_TYPE_FLOAT64")
+        infos.append(api_pb2.HParamInfo(name=name, display_name=name.lstrip("12345_"), type=kind))
         if isinstance(value, str):
             start.hparams[name].string_value = value
         elif value is not None:
             start.hparams[name].number_value = value
     metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=text) for tag, text in METRICS.items()]
-    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
+    experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
     return [_hparams_part("experiment", experiment), _hparams_part("session_start_info", start)]
 
 
