@@ -26,16 +26,15 @@ from lifequant.data.dataset import load_dataset
 from lifequant.data.replay import epoch_order
 from lifequant.data.task import Batch, Task
 from lifequant.losses import distillation
-from lifequant.results import results
+from lifequant.results import curves, results
 from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
 from lifequant.runtime.device import deterministic, pick_device, wants_compile
 from lifequant.runtime.log import Log
-from lifequant.training import history, initialize, progress
+from lifequant.training import history, initialize, progress, schedule
 from lifequant.training.divergence import skip_step, stop_at_last_checkpoint
 from lifequant.training.ema import make_ema, update_ema
 from lifequant.training.run import Run
-from lifequant.training.schedule import lr_factor
 from lifequant.training.task_end import end_epoch, finish_training
 
 ALONE = (
@@ -104,10 +103,10 @@ def compile_step(run: Run) -> None:
 def train_task(run: Run, task: Task) -> None:
     """Train on one task, from ``run.step`` steps on."""
     config = run.config
-    size, steps_per_epoch = progress.epoch_steps(config, len(task.pool))
+    size = schedule.batch_size(config, len(task.pool))
+    steps_per_epoch = schedule.steps_per_epoch(config, len(task.pool))
     steps = config.num_epochs * steps_per_epoch
-    first = run.step + 1 if run.step else 0  # what was written at the checkpoint's own step is kept
-    curves = run.log.writer(f"task{run.data.ids[task.task_index]}", purge_step=first)
+    run.reading_interval = schedule.reading_interval(config, steps, run.device.type)
     order = None
     run.timer.begin_task()
     bar = progress.progress_bar(run, task, steps)
@@ -124,7 +123,7 @@ def train_task(run: Run, task: Task) -> None:
             ).to(task.pool_on_image_device.device)
         noise = generator(config.seed, "augment", task.task_index, run.step)
         batch = task.training_batch(order, index, size, noise)
-        factor = lr_factor(config, run.step, steps_per_epoch)
+        factor = schedule.lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
         sums = training_step(run, distributed.share(batch), factor)
         run.sums += sums
@@ -133,10 +132,11 @@ def train_task(run: Run, task: Task) -> None:
         run.timer.step(size)
         run.timer.switch("logging")
         bar.update()
-        if run.step % config.print_freq == 0 or run.step == steps:
-            results.read_window(run, task, curves, bar, config.lr * factor)
+        if run.step % run.reading_interval == 0 or run.step == steps:
+            results.read_window(run, task, bar, config.lr * factor)
         if run.step % steps_per_epoch == 0:
-            end_epoch(run, task, epoch, curves)
+            end_epoch(run, task, epoch, run.log.curves)
+            curves.evaluate_within(run, epoch)
         due = run.timer.since_checkpoint() > config.checkpoint_seconds and run.step < steps
         if due or preemption.requested():
             save(run)
@@ -250,6 +250,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             compile_step(this)
         distributed.barrier()  # nobody reads any more what the first is about to write
         with run_folder.explain_disk_errors(folder), this.writer, deterministic(config.deterministic, device):
+            curves.begin(this)
             train_all(this)
             found = results.finish(this)
         distributed.barrier()  # what a next run begins from is there

@@ -22,7 +22,7 @@ from lifequant import options, train
 from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError
 from lifequant.data.create import tasks
-from lifequant.results import results
+from lifequant.results.versions import commit
 
 SIZE = {"train": 500, "test": 100}  # images a class of CIFAR-100
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() and config.device != "cpu" else "CPU"
     trained = sum(task["train_images"] + task["replay_images"] for task in found["tasks"]) * args.num_epochs
     print(
-        f"{where}, torch {torch.__version__}, lifequant {results.commit()}, batch {config.train_batch_size}, amp {config.amp}"
+        f"{where}, torch {torch.__version__}, lifequant {commit()}, batch {config.train_batch_size}, amp {config.amp}"
     )
     print(
         f"{trained} images trained on in {found['seconds']:.1f} s, {found['images_per_second']:.0f} images/s of training"

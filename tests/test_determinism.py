@@ -56,7 +56,7 @@ def same_bytes(job: Path, straight: Path, *apart: str) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"print_freq": 1}, {"print_freq": 1000}, {"checkpoint_seconds": 0}, {"eval_batch_size": 5}],
+    [{"print_freq": 1}, {"print_freq": 1000}, {"checkpoint_seconds": 0}, {"eval_batch_size": 5}, {"eval_every": 1000}],
     ids=lambda changed: "".join(f"{name}={value}" for name, value in changed.items()),
 )
 def test_how_often_it_is_looked_at(tiny, straight, tmp_path, changed):

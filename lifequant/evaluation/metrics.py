@@ -38,7 +38,12 @@ def average_incremental_accuracy(R: Matrix) -> float | None:
 
 def forgetting(R: Matrix) -> float | None:
     """mean_{i<T-1} (max_{i<=t<T-1} R[t][i] - R[T-1][i]), in points (Chaudhry et al. 2018; we count from t = i)."""
-    return _mean([best - R[-1][i] for i, best in _bests(R)]) if _sequential(R) else None
+    return _mean(forgetting_of_tasks(R)) if _sequential(R) else None
+
+
+def forgetting_of_tasks(R: Matrix) -> list[float]:
+    """The same for each task i before the last row's, also where R has not all of its rows yet."""
+    return [best - R[-1][i] for i, best in _bests(R)]
 
 
 def forgetting_rate(R: Matrix) -> float | None:

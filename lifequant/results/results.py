@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import lifequant
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
-from lifequant.common.files import TOP
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.evaluation.nearest_mean import nme_accuracy
 from lifequant.qat.code_usage import code_counts
-from lifequant.qat.layers import fake_quants, quantized_weights, weight_layers
+from lifequant.qat.layers import quantized_weights, weight_layers
 from lifequant.qat.packing import packed_model_bytes
 from lifequant.quantizers.base import FakeQuant
-from lifequant.results import schema
+from lifequant.results import curves, schema
 from lifequant.results.run_warnings import warn_of, warn_of_one_code
 from lifequant.results.table import table
+from lifequant.results.versions import versions
 from lifequant.training import progress
 from lifequant.training.divergence import refuse_nonfinite, stop_at_last_checkpoint
 from lifequant.training.ema import ema_bytes
@@ -30,19 +27,11 @@ from lifequant.training.history import means
 from lifequant.training.run import Run
 
 SCHEMA = 1
-TAGS = {  # TensorBoard sorts by name: what is looked at first comes first
-    "loss": "loss/all",
-    "task_loss": "loss/task",
-    "distillation": "loss/distillation",
-    "penalty": "loss/penalty",
-    "top1": "accuracy/train_top1",
-    "top5": "accuracy/train_top5",
-}
 KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
 
-def read_window(run: Run, task: Any, curves: Any, bar: Any, lr: float) -> None:
+def read_window(run: Run, task: Any, bar: Any, lr: float) -> None:
     """Read the means since the last reading, for the curves and the progress bar.
 
     Raises UserError where they are not finite.
@@ -53,13 +42,7 @@ def read_window(run: Run, task: Any, curves: Any, bar: Any, lr: float) -> None:
     refuse_nonfinite(run, values["loss"], "the mean loss")
     run.sums.zero_()
     speed = run.timer.images_per_second()
-    for name, value in values.items():
-        curves.add_scalar(TAGS[name], value, run.step)
-    curves.add_scalar("lr", lr, run.step)
-    if speed:
-        curves.add_scalar("speed/images_per_second", speed, run.step)
-    for name, quant in fake_quants(run.model):
-        curves.add_scalar(f"quantizer_step_size/{name}", quant.scale().mean().item(), run.step)
+    curves.add_training(run, values, lr, speed)
     progress.show(run, task, bar, values)
 
 
@@ -100,26 +83,15 @@ def end_task(run: Run, task: Any) -> None:
     )
     history["training"].append(means(run.epoch_sums, run.term_names))
     history["memory"] = memory_bytes(run, task)
-    for i, id in enumerate(run.data.ids):
-        curves = run.log.writer(f"task{id}/test", purge_step=task_index)
-        curves.add_scalar("accuracy/test_top1", scores.top1[i], task_index)
-        curves.add_scalar("accuracy/test_top5", scores.top5[i], task_index)
-        curves.add_scalar("accuracy/test_top1_masked", scores.masked[i], task_index)
-    curves = run.log.writer(f"task{run.data.ids[task_index]}")
     if run.oscillations:
         shares = run.oscillations.share()
         history["oscillation"].append({"oscillating": shares, "frozen": run.oscillations.frozen_share()})
-        for name, share in shares.items():
-            curves.add_scalar(f"oscillating_weights/{name}", share, run.step)
+    with run.timer.within("evaluation"):
+        codes = code_counts(run.model, task.batch(task.pool[:CODE_IMAGES])[0])
     for name, layer in weight_layers(run.model):
-        curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), run.step)
-        if isinstance(layer.weight_quant, FakeQuant):
-            codes = layer.weight_quant.codes(layer.weight)
-            if len(unique := codes.unique()) == 1:
-                warn_of_one_code(run, name)
-            used = len(unique) / (layer.weight_quant.qp - layer.weight_quant.qn + 1)
-            curves.add_histogram(f"quantizer_codes/{name}", codes.flatten().cpu().numpy(), run.step)
-            curves.add_scalar(f"quantizer_codes_used/{name}", used, run.step)
+        if isinstance(layer.weight_quant, FakeQuant) and (codes[f"{name}.weight_quant"].counts > 0).sum() == 1:
+            warn_of_one_code(run, name)
+    curves.add_task_end(run, codes)
     warn_of(run, task_index)
     accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
     run.log.say(
@@ -195,7 +167,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "images_per_second": run.timer.images_per_second(),
         "warnings": run.log.warnings,
         "skipped_steps": history.get("skipped", {}).get("steps", 0),
-        "versions": {"torch": torch.__version__, "lifequant": lifequant.__version__, "commit": commit()},
+        "versions": versions(),
     }
 
 
@@ -210,7 +182,7 @@ def finish(run: Run) -> dict[str, Any]:
         checkpoint.write(target / "model_best.pt", model)
     if not run.config.val_fraction:
         run.log.say("model_best.pt is the last epoch's model: --val_fraction chooses the best one")
-    run.log.summary(results)
+    curves.add_final_table(run, table(results))
     most = [(c["codes"], c["bits"], name) for name, c in results["max_codes_per_tensor"].items()]
     if most:
         ok = sum(codes <= 2**bits for codes, bits, _ in most)
@@ -227,15 +199,4 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         return schema.read(folder / "results.json", schema.TABLE)
     except FileNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The clone's commit, with "+" where files differ from it; None in an installed wheel."""
-    if TOP is None:
-        return None
-    try:
-        words = ["git", "-C", str(TOP), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
         return None

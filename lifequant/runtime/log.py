@@ -7,30 +7,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from lifequant.common.errors import one_line
-from lifequant.runtime.tensorboard import Curves, matrix_picture
-
-COMPARED = [
-    "method",
-    "quantizer",
-    "act_quantizer",
-    "bitW",
-    "abitW",
-    "loss",
-    "sampler",
-    "penalty",
-    "ll_lambda",
-    "replay_rate",
-    "buffer_size",
-    "lr",
-    "num_epochs",
-    "seed",
-]
+from lifequant.runtime.tensorboard import Curves
 
 
 def folded(line: str) -> str:
@@ -43,14 +25,14 @@ def folded(line: str) -> str:
 
 
 class Log:
-    """Writes lines to the terminal and to ``logger.log``, and curves to ``job_dir/run``, one TensorBoard run for each task."""
+    """Writes lines to the terminal and to ``logger.log``, and curves to ``job_dir/run``."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.file: TextIO | None = None
         self.early: list[str] = []  # said before the run had a folder
         self.warnings: list[str] = []
-        self.writers: dict[str, Curves] = {}
+        self.curves: Curves | None = None
 
     def open(self, job_dir: Path) -> None:
         """Write lines and curves to the run's folder from here on."""
@@ -83,32 +65,18 @@ class Log:
             self.warnings.append(text)
             self.say(f"warning: {text}")
 
-    def writer(self, run: str, purge_step: int | None = None) -> Curves:
-        """The writer of a run below ``run/``. ``purge_step``: TensorBoard forgets what was written from this step on."""
-        if run not in self.writers:
-            self.writers[run] = Curves(self.folder / run, purge_step)
-        return self.writers[run]
+    def open_curves(self, purge_step: int) -> Curves:
+        """Begin a file of curves. TensorBoard forgets what former files have from ``purge_step`` on."""
+        self.curves = Curves(self.folder, purge_step)
+        return self.curves
 
     def flush(self) -> None:
-        for writer in self.writers.values():
-            writer.flush()
+        if self.curves:
+            self.curves.flush()
 
     def close(self) -> None:
-        for file in (*self.writers.values(), self.file):
+        for file in (self.curves, self.file):
             with contextlib.suppress(
                 OSError
             ):  # what must be on disk was flushed; the disk's error has been raised then
                 file and file.close()
-
-    def summary(self, results: dict[str, Any]) -> None:
-        """The accuracy matrix as a picture, and the settings with the final metrics for the hparams tab."""
-        root = self.writer(".", purge_step=0)
-        root.add_image("accuracy/matrix", matrix_picture(results["top1"]), len(results["top1"]))
-        settings = {name: value for name in COMPARED if (value := results["config"][name]) is not None}
-        names = ("average_accuracy", "average_incremental_accuracy", "forgetting", "bwt", "fwt")
-        metrics = {f"final/{name}": results[name] for name in names if results[name] is not None}
-        for part in hparams(settings, metrics):
-            root.add(part)
-        for name, value in metrics.items():
-            root.add_scalar(name, value, 0)
-        self.flush()

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -45,8 +44,12 @@ class Curves:
         if purge_step is not None:
             self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.add(summary.scalar(tag, value), step)
+    def add_scalar(self, tag: str, value: float, step: int, description: str = "") -> None:
+        """``description``: Markdown, which TensorBoard shows beside the curve."""
+        what = summary.scalar(tag, value, summary_description=description)
+        if description:  # tensorboardX leaves out whose the description is
+            what.value[0].metadata.plugin_data.plugin_name = "scalars"
+        self.add(what, step)
 
     def add_histogram(self, tag: str, values: np.ndarray, step: int) -> None:
         self.add(summary.histogram(tag, values, _BINS), step)
@@ -54,6 +57,12 @@ class Curves:
     def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """``image``: uint8 [H, W, 3]."""
         self.add(summary.image(tag, image, dataformats="HWC"), step)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """``text``: Markdown."""
+        what = summary.text(tag, text)
+        what.value[0].tag = tag  # tensorboardX adds an ending
+        self.add(what, step)
 
     def add(self, what: Summary, step: int | None = None) -> None:
         self._add(Event(summary=what, step=step))
@@ -100,26 +109,3 @@ class Curves:
             self.flush()
         finally:
             self.file.close()
-
-
-def matrix_picture(matrix: list[list[float]], cell: int = 72) -> np.ndarray:
-    """uint8 [H, W, 3]: accuracies in percent, a row a trained task, a column a test set; darker is better."""
-    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
-    image = Image.new("RGB", ((len(matrix[0]) + 1) * cell, (len(matrix) + 1) * cell), "white")
-    draw = ImageDraw.Draw(image)
-    for column in range(len(matrix[0])):
-        draw.text(((column + 1.5) * cell, cell / 2), f"test {column}", "black", small, anchor="mm")
-    for row, values in enumerate(matrix):
-        draw.text((cell / 2, (row + 1.5) * cell), f"after {row}", "black", small, anchor="mm")
-        for column, value in enumerate(values):
-            shade = round(255 - 2 * value)
-            left, top = (column + 1) * cell, (row + 1) * cell
-            draw.rectangle((left, top, left + cell - 2, top + cell - 2), (shade, shade, 255))
-            draw.text(
-                (left + cell / 2, top + cell / 2),
-                f"{value:.1f}",
-                "black" if shade > 120 else "white",
-                font,
-                anchor="mm",
-            )
-    return np.asarray(image)

@@ -64,7 +64,7 @@ def stop_at_last_checkpoint(run: Run) -> None:
     if run.finite_check.found_nonfinite():
         raise UserError(
             f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.task_index]}, at most "
-            f"{run.config.print_freq} steps before step {run.step}. The last checkpoint is kept; --resume --on_nan skip goes "
+            f"{run.reading_interval} steps before step {run.step}. The last checkpoint is kept; --resume --on_nan skip goes "
             f"on from it and skips such steps; else begin anew with {REMEDY}"
         )
 

@@ -11,6 +11,7 @@ from lifequant.config import Config
 from lifequant.data.task import Task
 from lifequant.runtime import distributed
 from lifequant.training.run import Run
+from lifequant.training.schedule import batch_size, steps_per_epoch
 
 WIDTH = 79
 KNOWN_AFTER = 5  # seconds of training steps
@@ -22,7 +23,7 @@ def header(run: Run) -> str:
     config, data = run.config, run.data
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     images = f"{len(data.train.paths):,} training and {len(data.test.paths):,} test images"
-    steps = sum(epoch_steps(config, pool)[1] for pool in run.pool_sizes) * config.num_epochs
+    steps = run.steps_before(run.num_tasks)
     threads = (
         f", {torch.get_num_threads()} thread{'s'[: torch.get_num_threads() - 1]}" if run.device.type == "cpu" else ""
     )
@@ -58,12 +59,6 @@ def replayed(task: Task) -> str:
     return f", {len(task.replay)} replayed" + (f" ({task.buffer_count} stored, {same} among the new)" if same else "")
 
 
-def epoch_steps(config: Config, pool: int) -> tuple[int, int]:
-    """(images in a step, steps in an epoch) of a task that trains on ``pool`` images."""
-    size = distributed.batch_size(min(config.train_batch_size, pool))
-    return size, -(-pool // size)
-
-
 def progress_bar(run: Run, task: Task, steps: int) -> tqdm:
     """A bar of 80 columns for a task's steps; nothing is shown where there is no terminal."""
     return tqdm(
@@ -93,8 +88,8 @@ def line(run: Run, task: Task, epoch: int, values: Mapping[str, float]) -> str:
 
 def show(run: Run, task: Task, bar: tqdm, values: Mapping[str, float]) -> None:
     """Renew the bar's text. Says once, as soon as the speed is known, how long the run will take if that is over a minute."""
-    index = max(run.step - 1, 0) // epoch_steps(run.config, len(task.pool))[1]
-    bar.set_description_str(line(run, task, index, values))
+    epoch = (run.step - 1) // steps_per_epoch(run.config, len(task.pool))
+    bar.set_description_str(line(run, task, epoch, values))
     left = seconds_left(run)
     if run.expects_time and left is not None and run.history["timed_seconds"] > KNOWN_AFTER:
         run.expects_time = False
@@ -107,9 +102,8 @@ def seconds_left(run: Run) -> float | None:
     speed = run.timer.images_per_second()
     if not speed:
         return None
-    sizes = [epoch_steps(run.config, pool) for pool in run.pool_sizes]
-    images = sum(size * steps * run.config.num_epochs for size, steps in sizes[run.task_index :])
-    images -= run.step * sizes[run.task_index][0]
+    steps = run.steps_before(run.num_tasks) - run.global_step
+    images = steps * batch_size(run.config, run.pool_sizes[run.task_index])
     parts = run.history["seconds_by_part"]
     at_end = sum(parts.get(name, 0.0) for name in AT_TASK_END) / run.task_index if run.task_index else 0.0
     return images / speed + at_end * (run.num_tasks - run.task_index)

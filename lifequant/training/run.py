@@ -26,6 +26,7 @@ from lifequant.runtime.log import Log
 from lifequant.training.ema import make_ema
 from lifequant.training.history import new_history
 from lifequant.training.nonfinite import FiniteCheck
+from lifequant.training.schedule import steps_per_epoch
 from lifequant.training.timer import Timer
 
 
@@ -44,6 +45,7 @@ class Run:
         self.pool_sizes = dataset.pool_sizes(config, self.method.joint)
         self.expects_time = True  # until the run has said how long it will take
         self.task_index = self.step = 0  # the task, and the steps done in it
+        self.reading_interval = 1  # steps of this task between two readings of the loss
         self.set_model(distributed.synchronized(build(config, dataset.num_classes).to(device), device))
         self.teacher: nn.Module | None = None  # the former task's model, where something distills from it
         self.teach: Callable[[Tensor], Tensor] | None = None  # its forward, compiled where the step is
@@ -66,6 +68,15 @@ class Run:
         self.writer = Writer()
         self.compiled = False  # decided when the run begins
         self.compiled_loss_terms: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]] | None = None
+
+    def steps_before(self, task_index: int) -> int:
+        """Steps of the tasks before this one."""
+        return sum(self.config.num_epochs * steps_per_epoch(self.config, n) for n in self.pool_sizes[:task_index])
+
+    @property
+    def global_step(self) -> int:
+        """Steps done in all tasks."""
+        return self.steps_before(self.task_index) + self.step
 
     def set_model(self, model: nn.Module) -> None:
         """Train ``model`` from here on: all that refers to its parameters is made anew."""

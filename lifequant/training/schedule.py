@@ -1,10 +1,51 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler's state."""
+"""What happens at which step: the learning rate, readings and evaluations, as pure functions of the step.
+
+So a resumed run needs no scheduler's state."""
 
 from __future__ import annotations
 
 import math
 
 from lifequant.config import Config
+from lifequant.runtime import distributed
+
+READINGS = 100  # of the loss over a task
+SHORTEST = {"cpu": 5, "cuda": 20}  # steps between two readings: one takes about 2 ms, and a GPU waits for it
+LONGEST = 50
+POINTS = 20  # test accuracies over a run
+SHARE = (
+    0.05  # of a run's work, what evaluations within tasks may add to it; a training step counts as three evaluations
+)
+
+
+def batch_size(config: Config, images: int) -> int:
+    """Images of a training step of all processes, where a task trains on ``images``."""
+    return distributed.batch_size(min(config.train_batch_size, images))
+
+
+def steps_per_epoch(config: Config, images: int) -> int:
+    """Steps of an epoch on ``images``; the last one is filled up."""
+    return -(-images // batch_size(config, images))
+
+
+def reading_interval(config: Config, steps: int, device: str) -> int:
+    """Steps between two readings of the loss, in a task of ``steps`` steps on ``device`` ("cpu" or "cuda")."""
+    return config.print_freq or min(max(steps // READINGS, SHORTEST[device]), LONGEST)
+
+
+def evaluation_interval(config: Config, tasks: int, train_images: int, test_images: int) -> int:
+    """Epochs between two evaluations within a task; ``num_epochs`` where only the ends of tasks are evaluated.
+
+    ``train_images``: of all tasks, replay images apart; ``test_images``: of one evaluation.
+    """
+    if config.eval_every:
+        return config.eval_every
+    affordable = SHARE * 3 * config.num_epochs * train_images
+    for interval in range(1, config.num_epochs):
+        points = tasks * -(-config.num_epochs // interval)
+        if points <= POINTS and (points - tasks) * test_images <= affordable:
+            return interval
+    return config.num_epochs
 
 
 def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:

@@ -28,7 +28,7 @@ def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
         run.model.load_state_dict(averaged_state(run.ema))
     with run.timer.within("evaluation"):
         top1 = validation_top1(run.model, run.data.train, rows, run.config.eval_batch_size)
-    curves.add_scalar("accuracy/validation_top1", top1, run.step)
+    curves.add_scalar("1_accuracy/validation_top1", top1, run.global_step)
     if not run.best or top1 > run.best["top1"]:
         weights = {name: value.clone() for name, value in run.model.state_dict().items()}
         run.best = {"top1": top1, "epoch": epoch, "model": weights}

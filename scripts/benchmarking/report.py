@@ -16,7 +16,7 @@ from tqdm import tqdm
 import lifequant
 from lifequant import options
 from lifequant.common.errors import UserError
-from lifequant.results import results
+from lifequant.results.versions import commit
 from lifequant.runtime.device import pick_device
 
 BASES = ("float_compiled", "float_eager")  # what the table's last column divides by: the first that is there
@@ -54,7 +54,7 @@ def machine(args: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "versions": versions,
-        "commit": results.commit(),
+        "commit": commit(),
     }
 
 
