@@ -258,5 +258,6 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         with run_folder.explain_disk_errors(folder), this.writer, deterministic(config.deterministic, device):
             train_all(this)
             found = results.finish(this)
+            run_folder.finish(config, num_tasks)
         distributed.barrier()  # what a next run begins from is there
         return found
