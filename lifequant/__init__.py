@@ -18,6 +18,11 @@ _MODULE_OF = {
 __all__ = ["calibrate", "load", "quantize_model"]
 
 
+def __dir__() -> list[str]:
+    """What is public; the modules that have been imported are reached all the same."""
+    return ["__version__", *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Imports what is asked for at its first use, so that ``lifequant --help`` need not wait for torch."""
     if name in _MODULE_OF:

@@ -1,6 +1,7 @@
 """``lifequant``, ``python -m lifequant`` and resnet-20-cifar-10/main.py: one command line with verbs.
 
-What a verb needs is imported when it is called, so that ``lifequant --help`` does not wait for torch.
+What a verb needs is imported when it is called, so that ``lifequant --help`` does not wait for torch. For the same reason the
+help of each verb is a text in help/, which scripts/make_flags_page.py writes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError, closest, one_line
 from lifequant.runtime import preemption
 
+HELP = Path(__file__).resolve().parent / "help"
 VERBS = {  # verb: (module and function, what it does)
     "train": ("lifequant.__main__:train", "train a network on one task after another (flags alone mean this)"),
     "images": ("lifequant.data.create.images:main_prepare", "write CIFAR-10, CIFAR-100 or digits as folders of images"),
@@ -26,6 +28,7 @@ VERBS = {  # verb: (module and function, what it does)
     "search": ("lifequant.experiments.search:main", "find settings on held-out training images"),
     "report": ("lifequant.experiments.report:main", "make tables and pictures of many runs"),
     "compare": ("lifequant.experiments.compare:main", "compare a few runs"),
+    "cache": ("lifequant.data.cache_folder:main_cache", "list the decoded images on disk, or clear them"),
     "list": ("lifequant.__main__:list_names", "print methods, penalties, quantizers, models and presets"),
 }
 
@@ -78,6 +81,9 @@ def command(argv: Sequence[str]) -> int:
         return train(argv)
     if first not in VERBS:
         raise UserError(f"unknown verb {first!r}{closest(first, VERBS)} (lifequant --help lists them)")
+    if list(argv[1:]) in (["-h"], ["--help"]):
+        print((HELP / f"{first}.txt").read_text(encoding="utf-8"), end="")
+        return 0
     if first != "train":
         sys.argv[0] = f"lifequant {first}"  # which usage lines begin with
     return _function(VERBS[first][0])(argv[1:]) or 0

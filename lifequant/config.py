@@ -226,6 +226,7 @@ class Config:
     compile: str = flag("auto", RUN, "torch.compile; auto compiles long runs", nargs="?", const="on",
                         choices=["auto", "on", "off"])  # fmt: skip
     checkpoint_seconds: float = flag(300.0, RUN, "seconds between two checkpoints", type=real(0), free=True)
+    keep_checkpoints: str = flag("tasks", RUN, "what a finished run keeps: the state at each task's end, from which --from begins, or the last alone", choices=["tasks", "last"], free=True)  # fmt: skip
     on_nan: str = flag("stop", RUN, "what to do at a step that is NaN or infinite: stop at the state before it, or skip it", choices=["stop", "skip"], free=True)  # fmt: skip
     print_freq: int | None = flag(None, RUN, "steps between two readings of the loss (default: about 100 readings a task)", type=int_at_least(1), free=True)  # fmt: skip
     eval_every: int | None = flag(None, RUN, "epochs between two evaluations on the test images, for TensorBoard (default: about 20 points a run, fewer where they would add a twentieth to its work)", type=int_at_least(1), free=True)  # fmt: skip

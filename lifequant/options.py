@@ -36,6 +36,8 @@ def build_parser(method: str = "ours", *quantizers: str, penalty: str = "proxq")
     parser = Parser(
         prog="lifequant",
         description="Train a quantized network on one task after another.",
+        epilog="Other methods, penalties and quantizers have flags of their own: lifequant train --method ewc --help has those "
+        "of ewc. lifequant list prints all names.",
         argument_default=argparse.SUPPRESS,
     )
     groups = {name: parser.add_argument_group(name) for name in (DATA, METHOD, QUANT, TRAIN, RUN)}

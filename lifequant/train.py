@@ -253,6 +253,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             curves.begin(this)
             train_all(this)
             found = results.finish(this)
+            run_folder.finish(config, num_tasks)
         distributed.barrier()  # what a next run begins from is there
         log.say(
             f"finished in {progress.duration(time.perf_counter() - began)}; results.json and model_best.pt are in {folder}"

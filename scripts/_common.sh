@@ -54,18 +54,49 @@ for requirement in metadata.requires("lifequant"):
 PYTHON
 }
 
+# Where the lifequant that the environment has comes from: a folder, an address, "a wheel", or nothing where it has none.
+# -I: neither PYTHONPATH nor the folder that we are in counts.
+installed_from() {
+    "$python" -I - <<'PYTHON'
+import json
+from importlib import metadata
+from urllib.parse import unquote
+
+try:
+    record = metadata.distribution("lifequant").read_text("direct_url.json")
+except metadata.PackageNotFoundError:
+    print()
+else:
+    url = json.loads(record)["url"] if record else "a wheel"
+    print(unquote(url.removeprefix("file://")))
+PYTHON
+}
+
+# Stops where somebody else's environment has lifequant from elsewhere: to install this clone would replace it.
+spare_other_installation() {
+    local folder=$1 origin
+    origin=$(installed_from)
+    [ -z "$origin" ] || [ "$origin" -ef "$top" ] || fail "the active environment $folder has lifequant from $origin, and installing this clone would replace it.
+To use .venv of this clone instead: deactivate, then the same command again.
+To replace it: $python -m pip install -e '$top', then the same command again."
+}
+
 # The active virtual environment, else .venv at the top, made where it is missing; installs what is missing or changed.
+# A conda environment or the system's Python is left as it is: .venv is used there.
 use_environment() {
-    local folder=${VIRTUAL_ENV:-$top/.venv} stamp
+    local folder=${VIRTUAL_ENV:-$top/.venv} stamp said
     [ -n "${VIRTUAL_ENV:-}" ] || [ -x "$folder/bin/python" ] || make_environment
     python=$folder/bin/python
     [ -x "$python" ] || fail "$folder is no virtual environment (it has no bin/python): deactivate it, or delete it"
     new_enough "$python" || fail "$folder has $("$python" --version 2>&1); Python 3.10 or newer is needed"
+    [ "$folder" -ef "$top/.venv" ] || spare_other_installation "$folder"
     stamp=$folder/.lifequant-installed
     if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || ! all_present; then
         echo "installing lifequant and what it needs into $folder (the first time: minutes)"
-        "$python" -m pip install --disable-pip-version-check -e "${top}[dev,demo,plot]" ||
+        said=$("$python" -m pip install --disable-pip-version-check -e "${top}[dev,demo,plot]" 2>&1) || {
+            echo "$said" >&2
             fail "pip could not install what is needed (its message is above)"
+        }
         fingerprint >"$stamp"
     fi
 }

@@ -1,4 +1,5 @@
-"""Write docs/flags.md: every flag of ``lifequant train``, a table for each group, and all registered names.
+"""Write docs/flags.md (every flag of ``lifequant train``, a table for each group, and all registered names) and
+lifequant/help/VERB.txt (what ``lifequant VERB --help`` prints at once, without the seconds that torch's import takes).
 
 python scripts/make_flags_page.py
 """
@@ -6,9 +7,16 @@ python scripts/make_flags_page.py
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import sys
+from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 from lifequant import registry
+from lifequant.__main__ import HELP, VERBS
 from lifequant.options import build_parser
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
@@ -64,5 +72,23 @@ def page() -> str:
     return "".join(parts)
 
 
+def help_text(verb: str) -> str:
+    """What the verb's own parser prints for --help, in 80 columns."""
+    module, function = VERBS[verb][0].split(":")
+    call = getattr(import_module(module), function)
+    printed = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="80"),
+        mock.patch.object(sys, "argv", [f"lifequant {verb}"]),
+        contextlib.redirect_stdout(printed),
+        contextlib.suppress(SystemExit),
+    ):
+        call(["--help"])
+    return printed.getvalue()
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    HELP.mkdir(exist_ok=True)
+    for verb in VERBS:
+        (HELP / f"{verb}.txt").write_text(help_text(verb), encoding="utf-8")

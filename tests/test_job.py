@@ -18,6 +18,7 @@ from lifequant.checkpointing import checkpoint
 from lifequant.common.arguments import run_main
 from lifequant.data.task_csv import csv_text, read_rows
 from lifequant.training import history
+from lifequant.training.run import Run
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -150,6 +151,43 @@ def test_fork(tiny, finished, tmp_path, capsys):
     train(tiny, tmp_path / "er_ace", method="er_ace")
     forked(tiny, tmp_path / "masked", tmp_path / "original", method="er_ace")
     same_but_for_the_fork(tmp_path / "masked", tmp_path / "er_ace")
+
+
+def test_what_a_finished_run_keeps(tiny, finished, tmp_path, capsys):
+    """The last state and each task's, without what the next task makes anew; or the last alone, and --from says so."""
+    kept = [path for path in (finished / "checkpoint").iterdir() if path.name != "model_best.pt"]
+    assert {path.name for path in kept} == {"last.pt", "task0.pt", "task1.pt"}
+    assert all(path.stat().st_size < 1.05 * (finished / "model_best.pt").stat().st_size for path in kept)
+    job = tmp_path / "run"
+    found = train(tiny, job, method="replay", keep_checkpoints="last")
+    assert {path.name for path in (job / "checkpoint").iterdir()} == {"last.pt", "model_best.pt"}
+    found["config"]["keep_checkpoints"] = "tasks"
+    same(found, read(finished))
+    argv = arguments(settings(tiny, tmp_path / "fork", method="replay", start_task=1, **{"from": job}))
+    refused(argv, capsys, "no checkpoint/task0.pt", "--keep_checkpoints last does not keep it")
+    assert command([*arguments(settings(tiny, job, method="replay")), "--resume"]) == 0  # a free setting
+    assert "is finished" in capsys.readouterr().out
+    (job / "results.json").unlink()
+    refused([*arguments(settings(tiny, job, method="replay")), "--resume"], capsys, "task0.pt is not beside it")
+
+
+def test_checkpoints_of_former_versions_load(tiny, finished, tmp_path, monkeypatch):
+    """They hold the optimizer's state between tasks too, and their settings lack a new one."""
+
+    def former(run: Run) -> dict[str, Any]:
+        state = original(run)
+        del state["config"]["keep_checkpoints"]
+        return {**state, "optimizer": run.optimizer.state_dict()}
+
+    original, job = Run.state, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "state", former)
+        train(tiny, job, method="replay")
+    assert checkpoint.read(job / "checkpoint" / "task0.pt", "run")["optimizer"]["state"]
+    forked(tiny, tmp_path / "fork", job, method="replay")
+    same_but_for_the_fork(tmp_path / "fork", finished)
+    train(tiny, tmp_path / "on", method="replay", resume=job / "checkpoint" / "task0.pt")
+    same(read(tmp_path / "on"), read(finished))
 
 
 def test_fork_where_replay_csvs_lie(tiny, tmp_path):

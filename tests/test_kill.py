@@ -202,6 +202,7 @@ def test_a_broken_last_checkpoint(tiny, straight, tmp_path, capsys):
     """The one before it is taken, with a warning; where both are broken it is an error."""
     folder = shutil.copytree(straight, tmp_path / "run")
     (folder / "results.json").unlink()
+    shutil.copy(folder / "checkpoint" / "task0.pt", folder / "checkpoint" / "previous.pt")  # as before the run's end
     last = folder / "checkpoint" / "last.pt"
     data = bytearray(last.read_bytes())
     data[len(data) // 2] ^= 1

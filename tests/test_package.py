@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import lifequant
 
 TOP = Path(__file__).resolve().parents[1]
 
@@ -62,6 +65,16 @@ def test_import_has_no_side_effect(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_public(tmp_path):
+    """``dir`` shows it and nothing else, also once modules are imported; each name is there; the version is the package's."""
+    assert dir(lifequant) == ["__version__", "calibrate", "load", "quantize_model"]
+    assert all(callable(getattr(lifequant, name)) for name in lifequant.__all__)
+    bare = run(["-m", "lifequant", "--version"], TOP)
+    assert bare.stdout.startswith("lifequant ")
+    declared = re.search(r'^version = "(.+)"$', (TOP / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert lifequant.__version__ in (declared, "not installed")
 
 
 def test_wheel(copy, tmp_path):

@@ -119,6 +119,15 @@ def task_file(job: str | Path, task: int) -> Path:
     return Path(job) / "checkpoint" / f"task{task}.pt"
 
 
+def finish(config: Config, tasks: int) -> None:
+    """Remove the checkpoints that a run of that many tasks needs no more once its results are written."""
+    folder = Path(config.job_dir) / "checkpoint"
+    (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+    if config.keep_checkpoints == "last":
+        for task in range(tasks):
+            task_file(config.job_dir, task).unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all; raises ValueError for NaN."""
     checkpoint.write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -170,8 +179,9 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
             raise UserError(
                 f"{path}: {name} was {theirs.get(name)}, now it is {ours.get(name)}; a run goes on only with its own settings"
             )
+    finished = (job / "results.json").is_file()  # which may have kept its last checkpoint alone
     lacking = [task for task in range(state["task_index"]) if not (path.parent / f"task{task}.pt").is_file()]
-    if lacking:
+    if lacking and not finished:
         raise UserError(
             f"{path}: task{lacking[0]}.pt is not beside it: name a checkpoint in the folder that its run wrote"
         )
@@ -217,7 +227,8 @@ def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
     path = task_file(run, config.start_task - 1)
     if not path.is_file():
         raise UserError(
-            f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1}"
+            f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1} (a run with "
+            "--keep_checkpoints last does not keep it)"
         )
     state = checkpoint.read(path, "run")
     if why := fork_conflict(config, state["config"]):

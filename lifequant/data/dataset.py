@@ -17,7 +17,8 @@ from lifequant.common.safe_files import MOST_CLASSES, short
 from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
 from lifequant.data.augment import augmentation
-from lifequant.data.image_cache import default_cache_dir, load_images
+from lifequant.data.cache_folder import cache_dir_of
+from lifequant.data.image_cache import load_images
 from lifequant.data.image_root import checked_images, image_root
 from lifequant.data.image_storage import choose_location
 from lifequant.data.replay import stored_rows
@@ -144,7 +145,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     train = sorted(set().union(*new, *held_out))
     test = sorted({image for t in ids for image, _ in tests[t]})
     stats = checked_images(root, sorted({*train, *test}), prefix)
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    cache = cache_dir_of(config.cache_dir)
     where = choose_location(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
 
     def store(paths: list[str], kind: str) -> Store:

@@ -12,10 +12,11 @@ import io
 import math
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
 from lifequant.common.files import lock
 from lifequant.common.safe_files import open_regular, stats_inside
+from lifequant.data.cache_folder import megabytes
 from lifequant.data.decode import decode, quiet
 from lifequant.data.image_storage import map_images
 
@@ -34,11 +36,6 @@ _FORMAT = 2  # of the cache file; a part of the key
 _AHEAD = 64  # images, besides one per core, that are decoded before they are written
 
 Stats = Sequence["os.stat_result | None"]
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lifequant"
 
 
 def load_images(
@@ -72,6 +69,8 @@ def load_images(
             if images is None:
                 with closing(_decoded(root, paths, size, say)) as decoded:
                     _build(cached, decoded, shape)
+                size = megabytes(cached.stat().st_size)
+                say(f"{name}: {len(paths)} decoded images, {size}, are kept in {cache_dir} (see lifequant cache)")
                 images = _open(cached, shape, mapped)
         if images is None:
             raise OSError(errno.EIO, "the new cache file can't be read")
@@ -111,6 +110,8 @@ def _open(cached: Path, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
         with open_regular(cached, len(header) + count) as file:
             if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != len(header) + count:
                 return None
+            with suppress(OSError):  # a read-only folder, or another user's file
+                os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))  # the last use
             if mapped and count:
                 return map_images(file, len(header), shape)
             return torch.from_numpy(np.fromfile(file, np.uint8, count).reshape(shape))

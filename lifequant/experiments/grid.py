@@ -60,7 +60,8 @@ LIKE_THE_RUNS = (
     "compile",
     "cache_dir",
 )
-OURS = ("csv_dir", "data_dir", "job_dir", "resume", "reset", "start_task", "from_run", "source_file", "source_dir")
+OURS = ("csv_dir", "data_dir", "job_dir", "resume", "reset", "start_task", "from_run", "source_file", "source_dir",
+        "keep_checkpoints")  # fmt: skip
 
 
 @dataclass(frozen=True)

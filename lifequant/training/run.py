@@ -120,8 +120,13 @@ class Run:
             return batch._replace(teacher=self.teach(batch.x).float())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, not copied. The time until now is added to the history."""
+        """What a checkpoint holds, not copied. The time until now is added to the history.
+
+        Between two tasks the file is smaller: what ``begin_task`` makes anew is left out (the optimizer's state, the moving
+        average, the counts of oscillations).
+        """
         self.timer.stop()
+        inside = self.step > 0
         return {
             "kind": "run",
             "config": self.config.asdict(),
@@ -129,12 +134,12 @@ class Run:
             "task_index": self.task_index,
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if inside else {},
             "method": self.method.state_dict(),
             "penalty": None if self.penalty is self.method else self.penalty.state_dict(),
-            "ema": self.ema and self.ema.state_dict(),
+            "ema": self.ema.state_dict() if self.ema and inside else None,
             "limited_updates": self.scales.limited_updates,
-            "oscillations": self.oscillations and self.oscillations.state_dict(),
+            "oscillations": self.oscillations.state_dict() if self.oscillations and inside else None,
             "sums": self.sums,
             "epoch_sums": self.epoch_sums,
             "best": self.best,
@@ -154,8 +159,9 @@ class Run:
             self.epoch_sums.copy_(state["epoch_sums"])
             self.scales.limited_updates.copy_(state["limited_updates"])
         self.timer = Timer(self.history, self.timer.since)
-        with checkpoint.fitting(path, "optimizer's state"):
-            self.optimizer.load_state_dict(state["optimizer"])  # which sends each tensor where torch wants it
+        if self.step or state["optimizer"]:
+            with checkpoint.fitting(path, "optimizer's state"):
+                self.optimizer.load_state_dict(state["optimizer"])  # which sends each tensor where torch wants it
         parts = {"ema": self.ema, "oscillations": self.oscillations, "method": self.method}
         if self.penalty is not self.method:
             parts["penalty"] = self.penalty
