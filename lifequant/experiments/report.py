@@ -70,6 +70,7 @@ def _fault(found: dict[str, Any]) -> str | None:
             isinstance(h, dict) and type(h.get("first_code")) is int and isinstance(h.get("counts"), list) and all(map(_is_count, h["counts"]))
             for h in found["code_histograms"].values()),
         "versions": isinstance(found["versions"], dict),
+        "grid_tasks": isinstance(found.get("grid_tasks"), dict | None),
     }  # fmt: skip
     return next((name for name, fine in good.items() if not fine), None)
 

@@ -31,7 +31,9 @@ from tqdm import tqdm
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.errors import one_line
 from lifequant.experiments import result_files
-from lifequant.experiments.grid import Run, read_grid, runs_of_grid, weight, write_tasks
+from lifequant.experiments.estimate import Estimate
+from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
+from lifequant.experiments.grid_tasks import write_tasks
 from lifequant.experiments.slurm import TRAIN, Slurm, python_path
 
 LOG = f"sweep{os.getpid()}.log"  # what a run said to this sweep, in its folder
@@ -145,7 +147,7 @@ class Sweep:
             if run.folder in self.times:  # another grid may have run it
                 result_files.show_result(self.view, run, self.results(run))
         for run in {run.csv_dir: run for run in self.waiting}.values():
-            write_tasks(run, self.data_dir)
+            write_tasks(run.tasks, run.task_seed, self.data_dir, run.csv_dir)
         with tqdm(total=len(self.runs), initial=len(self.runs) - len(self.waiting), unit="run") as bar:
             try:
                 while self.waiting or self.going:
