@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     text = ["# Report", ""]
     for table in found:
         text.append(markdown(table))
-        for name, caption in draw(table, out) if drawn else ():
+        for name, caption in draw(table, found, out) if drawn else ():
             text += [f"![{name.removesuffix('.png')}]({name})", "", caption, ""]
             print(f"wrote {one_line(out / name)}")
     text += ["## Space shift and forgetting", "", RELATION, "", *(f"- {line}" for line in relation), ""]
