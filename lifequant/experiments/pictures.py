@@ -18,7 +18,7 @@ from lifequant.experiments.series import Series
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F")
 MARKERS = "osD^vPX*<>"
 LINES, MATRICES, BARS, POINTS = 10, 12, 4, 40  # rows a picture has room for
-TITLE = 24  # letters of a line above a matrix
+TITLE = 26  # letters of a line above a matrix
 BAR = {"elinewidth": 0.9, "capsize": 0}
 
 
@@ -71,10 +71,11 @@ class Painter:
     def matrices(self) -> Any:
         """The accuracy matrices, mean over seeds."""
         rows, size = self.rows[:MATRICES], len(self.tasks)
-        columns = min(len(rows), 4 if size <= 5 else 3 if size <= 8 else 2)
-        lines = -(-len(rows) // columns)
-        wide = 6.8 / (4 if size <= 5 else 3 if size <= 8 else 2)
-        figure, axes = new_figure(wide * columns + 0.8, lines * (wide + 0.3) + 0.4, lines, columns)
+        most = 4 if size <= 5 else 3 if size <= 8 else 2
+        columns, lines = min(len(rows), most), -(-len(rows) // most)
+        wide = max(6.8 / most, 2.6 if columns == 1 else 0.0)
+        shape = (wide * columns + 0.9, lines * (wide + 0.4 * (lines > 1)) + 0.4)
+        figure, axes = new_figure(*shape, lines, columns, fixed=True)
         for axis in axes.flat[len(rows) :]:
             axis.set_axis_off()
         all_rows = [row for table in self.tables for row in table.rows[:MATRICES]]
@@ -86,9 +87,11 @@ class Painter:
             axis.set_title("\n".join(title), fontsize=SMALL)
             axis.set_xticks(range(0, size, step), self.tasks[::step])
             axis.set_yticks(range(0, len(R), step), ["all"] if row.first.joint else self.tasks[: len(R) : step])
-        figure.supxlabel("tested on task", fontsize=NORMAL)
-        figure.supylabel("after task", fontsize=NORMAL)
-        bar = figure.colorbar(shown, ax=axes, shrink=0.7 if lines > 1 else 0.9, pad=0.02)
+        for axis in axes.flat[max(0, len(rows) - columns) : len(rows)]:
+            axis.set_xlabel("tested on task", fontsize=NORMAL)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("after task", fontsize=NORMAL)
+        bar = figure.colorbar(shown, ax=axes, shrink=0.8, pad=0.02)
         bar.set_label("top-1 accuracy (%)", fontsize=NORMAL)
         bar.ax.tick_params(labelsize=SMALL)
         return figure
@@ -147,7 +150,9 @@ class Painter:
         if not inner:
             return None
         layers = list(dict.fromkeys([inner[0], inner[-1]]))
-        figure, axes = new_figure(WIDE, 1.3 * len(rows) + 0.9, len(rows), len(layers), sharex="col", sharey=True)
+        figure, axes = new_figure(
+            WIDE, max(2.8, 1.3 * len(rows) + 0.9), len(rows), len(layers), sharex="col", sharey=True
+        )
         for line, row in zip(axes, rows, strict=True):
             for axis, layer in zip(line, layers, strict=True):
                 found = row.first.results["code_histograms"][layer]
@@ -156,7 +161,7 @@ class Painter:
                 heights = [100 * count / total for count in found["counts"]]
                 axis.bar(codes, heights, width=0.9, color=self.look[row.label]["color"])
                 axis.set_title(f"{self.names[row.label]}: {layer.removesuffix('.weight_quant')}", fontsize=SMALL)
-                axis.set_ylim(bottom=0)
+        axes[0][0].set_ylim(bottom=0)  # of all of them
         for axis in axes[-1]:
             axis.set_xlabel("code of a weight", fontsize=NORMAL)
             axis.xaxis.get_major_locator().set_params(integer=True)

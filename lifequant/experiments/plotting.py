@@ -11,11 +11,13 @@ TOPS = (1, 2, 5, 10, 20, 30, 40, 50, 60, 80, 100)  # where a scale of percents m
 SMALL, NORMAL = 8, 9  # points
 
 
-def new_figure(wide: float, high: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
-    """(figure, axes [rows, columns]); sizes in inches."""
+def new_figure(
+    wide: float, high: float, rows: int = 1, columns: int = 1, fixed: bool = False, **kwargs: Any
+) -> tuple[Any, Any]:
+    """(figure, axes [rows, columns]); sizes in inches. ``fixed``: the axes keep their shape, as those of matrices do."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(wide, high), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(wide, high), dpi=DPI, layout="compressed" if fixed else "constrained")
     figure.get_layout_engine().set(w_pad=MARGIN, h_pad=MARGIN)
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for axis in axes.flat:
@@ -36,6 +38,8 @@ def heat(axis: Any, matrix: Sequence[Sequence[float]], top: float, digits: int, 
         for i, value in enumerate(values):
             color = "white" if value > 0.6 * top else "black"
             axis.text(i, t, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=size)
+    if len(matrix) == 1:  # as high as the matrices beside it
+        axis.set_ylim(len(matrix[0]) / 2, -len(matrix[0]) / 2)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     return shown
