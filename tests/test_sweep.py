@@ -14,7 +14,7 @@ from PIL import Image
 
 from lifequant.common.errors import UserError
 from lifequant.experiments import grid as grid_file
-from lifequant.experiments import result_files, same_runs, search, sweep
+from lifequant.experiments import result_files, same_runs, search
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -253,7 +253,3 @@ def test_slurm_by_its_local_executor(images, tmp_path):
     text = GRID[: GRID.index('[rows."more replay"]')]
     ended = called(write(tmp_path, text), images, tmp_path / "out", "--slurm", "--cluster", "local")
     assert "1 of 1 runs finished" in ended.stdout, ended.stderr
-
-
-def test_time_left_in_words():
-    assert [sweep.duration(s) for s in (20, 61, 3599, 5400)] == ["1 min", "1 min", "1 h 0 min", "1 h 30 min"]

@@ -83,7 +83,10 @@ class Estimate:
 
     def left(self, waiting: Sequence[Run], going: Sequence[tuple[Run, float]], slots: int) -> float:
         """Seconds until all runs have ended, ``slots`` at a time; ``going`` has those under way, with their seconds so far."""
-        ends = {run.folder: max(self.seconds(run) - done, 0.0) for run, done in going}
+        late = 1.0  # if nothing has finished and runs take longer than guessed, all will
+        if not self.taken:
+            late = max([late, *(done / self.seconds(run) for run, done in going)])
+        ends = {run.folder: max(late * self.seconds(run) - done, 0.0) for run, done in going}
         free, waiting = [*ends.values(), *[0.0] * (slots - len(ends))], list(waiting)
         heapq.heapify(free)
         unknown = {run.folder: float("inf") for run in waiting}
@@ -92,8 +95,20 @@ class Estimate:
             ready = (run for run in waiting if all({**unknown, **ends}.get(f, 0.0) <= now for f in run.after))
             if run := next(ready, None):
                 waiting.remove(run)
-                ends[run.folder] = now + self.seconds(run)
+                ends[run.folder] = now + late * self.seconds(run)
                 heapq.heappush(free, ends[run.folder])
             else:  # all that is left begins from a run that is still under way
                 heapq.heappush(free, min(end for end in ends.values() if end > now))
         return max(ends.values(), default=0.0)
+
+
+def spent(results: dict[str, Any]) -> float:
+    """Seconds that a run took, with its start."""
+    return results["seconds"] + results["time_share"]["startup_seconds"]
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

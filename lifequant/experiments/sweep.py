@@ -31,7 +31,7 @@ from tqdm import tqdm
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.errors import one_line
 from lifequant.experiments import result_files
-from lifequant.experiments.estimate import GUESS, Estimate
+from lifequant.experiments.estimate import GUESS, Estimate, duration, spent
 from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
 from lifequant.experiments.grid_tasks import write_tasks
 from lifequant.experiments.slurm import TRAIN, Slurm, python_path
@@ -217,21 +217,9 @@ class Sweep:
         bar.update()
 
 
-def spent(results: dict[str, Any]) -> float:
-    """Seconds that a run took, with its start."""
-    return results["seconds"] + results["time_share"]["startup_seconds"]
-
-
 def last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     return one_line(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"))
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def plan(sweep: Sweep) -> str:
