@@ -141,7 +141,15 @@ def test_refusals(tmp_path, capsys):
     fewer = results(1)
     fewer["tasks"][1]["train_images"] = 19
     second.write_text(json.dumps(fewer))
-    assert "train_images a task differs ([20, 20], [20, 19])" in refused(capsys, top)
+    assert "train_images a task differs ([20, 20], [20, 19]): only runs" in refused(capsys, top)
+    fewer["tasks"][0]["classes"], fewer["tasks"][1]["classes"] = [1], [0]
+    second.write_text(json.dumps(fewer))
+    assert "made with another --seed; make the tasks of all runs with the same --seed" in refused(capsys, top)
+    for path, run in ((first, results(0)), (second, fewer)):  # so says a grid with task_seed = "seed"
+        path.write_text(json.dumps(run | {"grid_tasks": {"num_tasks": 2, "task_seed": "seed"}}))
+    assert run_main(report.main, [top]) == 0 and table(tmp_path)["a"]["n"] == "2"
+    assert "training images a task: 20, 19 to 20 (a class" in (tmp_path / "report.md").read_text()
+    first.write_text(json.dumps(results(0)))
     second.write_text(json.dumps(results(0)))
     assert "both have seed 0" in refused(capsys, top)
     second.write_text(json.dumps(results(1) | {"quantization_error": [["x"]]}))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lifequant.common.errors import UserError
 from lifequant.experiments import grid as grid_file
-from lifequant.experiments import result_files, same_runs, search, sweep
+from lifequant.experiments import report, result_files, same_runs, search
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -169,7 +169,43 @@ def test_lists_are_combined_and_excluded(tmp_path):
     assert [run.name for run in runs] == [
         f"{row}/bitW{bits}/seed{seed}" for seed in (0, 1) for row in ("replay", "more replay") for bits in (4, 2)
     ]
-    assert len({run.folder for run in runs}) == 8 and len({run.csv_dir for run in runs}) == 2
+    assert len({run.folder for run in runs}) == 8 and len({run.csv_dir for run in runs}) == 1
+
+
+def test_tasks_have_a_seed_of_their_own(tmp_path):
+    """0 for all runs, another number, or each run's own; a run whose seed it is has the same key whichever way it is said."""
+
+    def runs(line: str) -> list[grid_file.Run]:
+        text = GRID.replace("[flags]", f"{line}\n[flags]\nseed = [0, 1]")
+        return grid_file.runs_of_grid(grid_file.read_grid(write(tmp_path, text)), tmp_path, "grid")[::3]
+
+    fixed, own, one = runs(""), runs('task_seed = "seed"'), runs("task_seed = 1")
+    assert [run.seed for run in fixed] == [0, 1]
+    assert [[run.task_seed for run in found] for found in (fixed, own, one)] == [[0, 0], [0, 1], [1, 1]]
+    assert [run.csv_dir for run in own] == [fixed[0].csv_dir, one[0].csv_dir]
+    keys = [[run.folder.name for run in found] for found in (fixed, own, one)]
+    assert keys[0][0] == keys[1][0] and keys[2][1] == keys[1][1]
+    assert len({*keys[0], *keys[1], *keys[2]}) == 4
+    said = [grid_file.task_seeds(found) for found in (fixed, own)]
+    assert said[0].endswith("made with seed 0, the same for all runs") and "own seed (0, 1)" in said[1]
+
+
+def test_seeds_with_tasks_of_other_sizes_are_reported(tmp_path):
+    """Classes of 4 to 7 images in another order for each seed: the sweep's runs are averaged, on the same tasks or not."""
+    for label in range(4):
+        for side, count in (("train", 4 + label), ("test", 2)):
+            folder = tmp_path / "images" / side / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (60 * label, 20 * i, 0)).save(folder / f"{i}.png")
+    text = GRID[: GRID.index('[rows."more replay"]')].replace("images_per_class = 6\n", 'task_seed = "seed"\n')
+    grid = write(tmp_path, text.replace("[flags]", "[flags]\nseed = [1, 2]"))
+    assert called(grid, tmp_path / "images", tmp_path / "out", "--jobs", "2").returncode == 0
+    found = result_files.results_below(tmp_path / "out" / "grid", ("tasks",))
+    assert len({tuple(task["train_images"] for task in results["tasks"]) for _, results in found}) == 2
+    assert report.main([str(tmp_path / "out" / "grid"), "--no_pictures"]) == 0
+    said = (tmp_path / "out" / "grid" / "report.md").read_text()
+    assert "| `replay` | 2 |" in said and "training images a task: " in said and " to " in said
 
 
 def test_the_key_is_of_what_decides(tmp_path):
@@ -197,6 +233,7 @@ def test_the_key_is_of_what_decides(tmp_path):
     [
         (("[flags]", "[flag]"), "unknown part 'flag'; did you mean 'flags'?"),
         (("num_tasks = 2", 'num_tasks = "2"'), "[tasks] needs num_tasks, a number"),
+        (("num_tasks = 2", 'num_tasks = 2\ntask_seed = "run"'), '[tasks] task_seed = "run": give a number, or "seed"'),
         (("num_epochs = 1", "num_epoch = 1"), "replay/seed0: unknown flag --num_epoch"),
         (("lr = 1e30", 'job_dir = "x"'), "bad/seed0: job_dir is the sweep's own to set"),
         (("replay_rate = 0.5", ""), "are the same run"),
@@ -253,7 +290,3 @@ def test_slurm_by_its_local_executor(images, tmp_path):
     text = GRID[: GRID.index('[rows."more replay"]')]
     ended = called(write(tmp_path, text), images, tmp_path / "out", "--slurm", "--cluster", "local")
     assert "1 of 1 runs finished" in ended.stdout, ended.stderr
-
-
-def test_time_left_in_words():
-    assert [sweep.duration(s) for s in (20, 61, 3599, 5400)] == ["1 min", "1 min", "1 h 0 min", "1 h 30 min"]

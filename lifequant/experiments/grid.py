@@ -1,10 +1,12 @@
 """A grid is a TOML file that stands for many runs. This is what it looks like:
 
 title = "what is asked"
-[tasks]                        # the task CSVs, made once a seed: flags of lifeLongDataGeneator.py
+[tasks]                        # the task CSVs: flags of lifeLongDataGeneator.py
 dataset = "cifar100"
 num_tasks = 3
 diminish_rate = 50
+task_seed = 0                  # the generator's --seed: the class order and the choice of images, the same for all runs (default: 0);
+                               # "seed" makes the tasks with each run's own seed, so that seeds differ in their tasks too
 images_per_class = 100         # and held_out = 0.2 where a share of them is to stand for the test images
 [source]                       # the 32-bit model of task 0 that all runs begin from, one a seed; may be left out
 num_epochs = 20
@@ -24,32 +26,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lifequant import registry
 from lifequant.checkpointing import run_folder
-from lifequant.common.arguments import share
 from lifequant.common.errors import UserError, closest
-from lifequant.common.files import write_all
 from lifequant.config import Config, free_names
-from lifequant.data.create.tasks import checked_tasks, class_names, csv_files, folder_images, rows_of_tasks
-from lifequant.data.split import lowest
-from lifequant.data.task_csv import Rows
+from lifequant.experiments import grid_tasks
 from lifequant.options import make
 
 PARTS = ("title", "tasks", "source", "flags", "rows", "exclude")
 OF_A_SEARCH = ("title", "tasks", "source", "flags", "strength", "start", "parts")
-TASKS: dict[str, tuple[type, ...]] = {
-    "dataset": (str,),
-    "num_tasks": (int,),
-    "diminish_rate": (int, float),
-    "images_per_class": (int,),
-    "held_out": (float,),
-}
-REQUIRED = ("dataset", "num_tasks", "diminish_rate")
 LIKE_THE_RUNS = (
     "image_size",
     "train_batch_size",
@@ -79,13 +69,17 @@ class Run:
         return self.flags.get("seed", 0)
 
     @property
+    def task_seed(self) -> int:
+        return grid_tasks.task_seed(self.tasks, self.seed)
+
+    @property
     def is_source(self) -> bool:
         return self.flags.get("num_tasks") == 1
 
     @property
     def csv_dir(self) -> Path:
-        """The folder of its task CSVs, which differ by seed."""
-        return self.folder.parents[1] / "tasks" / digest([self.tasks, self.seed])
+        """The folder of its task CSVs, which differ by their seed."""
+        return self.folder.parents[1] / "tasks" / digest([grid_tasks.without_seed(self.tasks), self.task_seed])
 
     def arguments(self, data_dir: Path) -> list[str]:
         """The command line of the run. Raises UserError for flags that the run would refuse."""
@@ -105,6 +99,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def task_seeds(runs: Sequence[Run]) -> str:
+    """What seeds the tasks are made with, in words."""
+    seeds = ", ".join(map(str, sorted({run.task_seed for run in runs})))
+    if any(run.tasks.get("task_seed") == grid_tasks.OF_THE_RUN for run in runs):
+        return f"tasks: each run's are made with its own seed ({seeds})"
+    return f"tasks: made with seed {seeds}, the same for all runs"
+
+
 def read_grid(path: Path, rows: bool = True) -> dict[str, Any]:
     """The content of a grid's file, after a check of its parts; ``rows=False`` reads the grid of a search. Raises UserError."""
     parts = PARTS if rows else OF_A_SEARCH
@@ -121,21 +123,12 @@ def read_grid(path: Path, rows: bool = True) -> dict[str, Any]:
             raise UserError(f"{path}: unknown part {name!r}{closest(name, parts)} (known: {', '.join(parts)})")
         if name != "title" and not isinstance(value, dict):
             raise UserError(f"{path}: {name} is to be a table, [{name}]")
-    tasks = grid.get("tasks", {})
-    for name, types in TASKS.items():
-        if not isinstance(tasks.get(name), types if name in REQUIRED else (*types, type(None))):
-            raise UserError(f"{path}: [tasks] needs {name}, a {'name' if str in types else 'number'}")
-    if unknown := sorted(set(tasks) - set(TASKS)):
-        raise UserError(
-            f"{path}: [tasks] has {unknown[0]!r}{closest(unknown[0], list(TASKS))} (known: {', '.join(TASKS)})"
-        )
+    grid_tasks.check(grid.get("tasks", {}), path)
     tables = ("rows",) if rows else ("strength",) if "strength" in grid else ("start", "parts")
     for table in tables:
         of = grid.get(table)
         if not of or (table != "start" and not all(isinstance(row, dict) for row in of.values())):
             raise UserError(f"{path}: nothing in [{table}], or what is no table; [{table}.NAME] begins one")
-    if tasks.get("held_out") and not tasks.get("images_per_class"):
-        raise UserError(f"{path}: [tasks] has held_out, a share of images_per_class, which is missing")
     return grid
 
 
@@ -207,7 +200,8 @@ def run_folder_of(
 ) -> Path:
     """The folder of a run. The key in its name stands for the run's settings, tasks and source.
 
-    Paths, and settings that may change when a run is resumed, are not part of the key.
+    Paths, and settings that may change when a run is resumed, are not part of the key. Nor is the seed of the tasks where it
+    is the run's: the tasks are then the same whichever way the grid says it.
     """
     try:
         config = make(**flags).asdict(paths=False)
@@ -216,6 +210,8 @@ def run_folder_of(
     kept = {
         key: value for key, value in config.items() if key not in free_names() and (key, value) not in ADDED.items()
     }
+    task_seed = grid_tasks.task_seed(tasks, config["seed"])
+    tasks = grid_tasks.without_seed(tasks) | ({} if task_seed == config["seed"] else {"task_seed": task_seed})
     return out / "runs" / digest([kept, tasks, source])
 
 
@@ -237,42 +233,3 @@ def forked(run: Run, config: Config, leaders: list[tuple[Run, Config]]) -> Run:
         if not registry.method(config.method).joint:
             leaders.append((run, config))
     return run
-
-
-def weight(run: Run, data_dir: Path) -> float:
-    """About how many images of 32 pixels a run trains on; its time is estimated from this."""
-    tasks = run.tasks
-    names = class_names(data_dir / "train")
-    sizes = [len(labels) for labels in tasks_of(tasks, len(names), run.seed)]
-    sizes = sizes[run.flags.get("start_task", 0) : run.flags.get("num_tasks")]
-    images = tasks.get("images_per_class") or sum(1 for _ in (data_dir / "train" / names[0]).iterdir())
-    epochs = run.flags.get("num_epochs", 50)
-    return sum(sizes) * images * epochs * (run.flags.get("image_size", 32) / 32) ** 2
-
-
-def tasks_of(tasks: dict[str, Any], classes: int, seed: int) -> list[list[int]]:
-    return checked_tasks(classes, tasks["num_tasks"], share(str(tasks["diminish_rate"])), seed)
-
-
-def write_tasks(run: Run, data_dir: Path) -> None:
-    """Write the task CSVs of a run. Raises UserError."""
-    tasks, seed = run.tasks, run.seed
-    names, rows = folder_images(data_dir, data_dir, "train")
-    if tasks.get("images_per_class"):
-        rows = pick(rows, tasks["images_per_class"], seed, "thin")
-    if tasks.get("held_out"):  # no test image is read
-        held = set(pick(rows, round(tasks["images_per_class"] * tasks["held_out"]), seed, "held_out"))
-        rows, test = [row for row in rows if row not in held], [row for row in rows if row in held]
-    else:
-        _, test = folder_images(data_dir, data_dir, "test")
-    classes = tasks_of(tasks, len(names), seed)
-    files: dict[str, str] = {}
-    for side, of_side in (("train", rows), ("test", test)):
-        files |= csv_files(tasks["dataset"], side, rows_of_tasks(of_side, classes))
-    write_all({run.csv_dir / name: text for name, text in files.items()})
-
-
-def pick(rows: Rows, n: int, seed: int, purpose: str) -> Rows:
-    """``n`` images of each class, the same ones for a seed."""
-    labels = [label for _, label in rows]
-    return [rows[i] for i in lowest([image for image, _ in rows], labels, dict.fromkeys(labels, n), seed, purpose)]

@@ -1,184 +1,144 @@
-"""The pictures of a report. They need matplotlib (extra ``plot``). Their colors suit color-blind readers."""
+"""The pictures of a report. They need matplotlib (extra ``plot``). Their colors suit color-blind readers.
+
+The tables of a report have the same axes and the same colors of accuracy, so that two bit-widths can be held side by side.
+"""
 
 from __future__ import annotations
 
-import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lifequant.experiments.rows import ACCURACY, FORGETTING, SPEED, TOTAL, Row, Table, error_growth
+from lifequant.experiments import series
+from lifequant.experiments.plotting import NORMAL, SMALL, WIDE, heat, legend, new_figure, set_limits, top_of_scale
+from lifequant.experiments.rows import ACCURACY, FORGETTING, SPEED, TOTAL, Row, Table
+from lifequant.experiments.series import Series
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F")
 MARKERS = "osD^vPX*<>"
 LINES, MATRICES, BARS, POINTS = 10, 12, 4, 40  # rows a picture has room for
-WIDE, DPI = 7.6, 110  # inches, and pixels an inch: 836 pixels, what a README shows
-LONGEST = 30
+TITLE = 26  # letters of a line above a matrix
+BAR = {"elinewidth": 0.9, "capsize": 0}
 
 
-def average(values: Sequence[Sequence[float]]) -> list[float]:
-    """The mean of each entry over seeds."""
-    return [statistics.fmean(entries) for entries in zip(*values, strict=True)]
+def kilobytes(row: Row) -> Series | None:
+    return series.of_metric(row, TOTAL)
 
 
-def mean_matrix(row: Row) -> list[list[float]]:
-    """R, the mean over seeds."""
-    return [average([run.results["top1"][t] for run in row.runs]) for t in range(len(row.first.results["top1"]))]
+def forgetting(row: Row) -> Series | None:
+    return series.of_metric(row, FORGETTING)
 
 
-def over_tasks(R: Sequence[Sequence[float]]) -> list[float]:
-    """Mean accuracy on the tasks seen, after each task."""
-    return [statistics.fmean(row[: t + 1]) for t, row in enumerate(R)]
+def accuracy(row: Row) -> Series | None:
+    return series.of_metric(row, ACCURACY)
 
 
-def layer_shifts(results: dict[str, Any]) -> dict[str, float]:
-    """{layer: mean over pairs of tasks s < t}"""
-    pairs = {
-        layer: [row[t] for s, row in enumerate(matrix) for t in range(s + 1, len(row))]
-        for layer, matrix in results["space_shift"].items()
-    }
-    return {layer: statistics.fmean(values) for layer, values in pairs.items() if values}
-
-
-def short_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Short labels: without the folders that all have in common, and cut in front. A $ is escaped, since it begins a formula."""
-    parts = [row.label.split("/") for row in rows]
-    for end in (0, -1):
-        while len(rows) > 1 and all(len(p) > 1 and p[end] == parts[0][end] for p in parts):
-            for p in parts:
-                del p[end]
-    names = ["/".join(p) for p in parts]
-    cut = [name if len(name) <= LONGEST else "…" + name[1 - LONGEST :] for name in names]
-    return {row.label: name.replace("$", r"\$") for row, name in zip(rows, cut, strict=True)}
-
-
-def spread_out(axis: Any, side: str, values: Sequence[float]) -> None:
-    """Make an axis logarithmic, with plain numbers, if its values span more than a factor of 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    if min(values) <= 0 or max(values) <= 5 * min(values):
-        return
-    getattr(axis, f"set_{side}scale")("log")
-    ticks = getattr(axis, f"{side}axis")
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ticks.set_minor_formatter(NullFormatter())
+def milliseconds(row: Row) -> Series | None:
+    return series.milliseconds(series.of_metric(row, SPEED))
 
 
 class Painter:
-    """Draws the pictures of one table. A row has the same color and marker in each."""
+    """Draws the pictures of one table of several. A row has the same color and marker in each."""
 
-    def __init__(self, table: Table) -> None:
-        self.table, self.rows = table, table.rows
-        self.names = short_names(table.rows)
+    def __init__(self, table: Table, tables: Sequence[Table]) -> None:
+        self.rows, self.tables = table.rows, tables
+        self.names = series.short_names(table.rows)
         self.look = {
             row.label: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)]}
             for i, row in enumerate(table.rows)
         }
         self.tasks = [task["id"] for task in table.rows[0].first.results["tasks"]]
 
-    def figure(self, high: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
-        from matplotlib.figure import Figure
+    def of_all(self, shown: int, values: Callable[[Sequence[Row]], Iterator[Series]]) -> list[float]:
+        """What an axis has to show that is the same in all tables; ``shown``: rows of each."""
+        return [end for table in self.tables for found in values(table.rows[:shown]) for end in found.ends]
 
-        figure = Figure(figsize=(WIDE, high), dpi=DPI, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-        for axis in axes.flat:
-            axis.tick_params(labelsize=8)
-            axis.spines[["top", "right"]].set_visible(False)
-        return figure, axes
-
-    def lines(self, values: dict[str, Sequence[float]], ticks: Sequence[Any], turned: bool = False) -> tuple[Any, Any]:
-        """A line for each row over named positions. The legend beside has the order of the lines' right ends."""
-        figure, axes = self.figure(4.4 if turned else 3.6)
+    def lines(self, values: dict[str, Series], ticks: Sequence[Any], turned: bool = False) -> tuple[Any, Any]:
+        """A line for each row over named positions, with its deviation over seeds. The legend beside has the order of the
+        lines' right ends. Rows stand a little apart, so that no bar hides another."""
+        figure, axes = new_figure(WIDE, 4.6 if turned else 3.8)
         axis = axes[0][0]
-        for label, ys in sorted(values.items(), key=lambda item: -item[1][-1]):
-            axis.plot(range(len(ys)), ys, label=self.names[label], lw=1.6, ms=5, **self.look[label])
+        apart = 0.0 if turned else 0.03 * (len(ticks) - 1) / max(1, len(values) - 1)
+        for i, (label, found) in enumerate(sorted(values.items(), key=lambda item: -item[1].means[-1])):
+            at = [tick + apart * (i - (len(values) - 1) / 2) for tick in range(len(ticks))]
+            bars = [found.below, found.above] if any(found.above) else None
+            axis.errorbar(at, found.means, yerr=bars, label=self.names[label], lw=1.4, ms=5, **BAR, **self.look[label])
         axis.set_xticks(range(len(ticks)), ticks, rotation=90 if turned else 0)
         axis.grid(axis="y", color="0.9", lw=0.7)
         return figure, axis
 
-    def legend(self, axis: Any) -> None:
-        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=8, frameon=False)
-
     def matrices(self) -> Any:
         """The accuracy matrices, mean over seeds."""
         rows, size = self.rows[:MATRICES], len(self.tasks)
-        columns = min(len(rows), 4 if size <= 5 else 3 if size <= 8 else 2)
-        lines = -(-len(rows) // columns)
-        wide = WIDE / columns
-        figure, axes = self.figure(lines * wide * (1.12 if columns > 1 else 0.7) + 0.2, lines, columns)
+        most = 4 if size <= 5 else 3 if size <= 8 else 2
+        columns, lines = min(len(rows), most), -(-len(rows) // most)
+        wide = max(6.8 / most, 2.6 if columns == 1 else 0.0)
+        shape = (wide * columns + 0.9, lines * (wide + 0.4 * (lines > 1)) + 0.4)
+        figure, axes = new_figure(*shape, lines, columns, fixed=True)
         for axis in axes.flat[len(rows) :]:
             axis.set_axis_off()
+        all_rows = [row for table in self.tables for row in table.rows[:MATRICES]]
+        top = top_of_scale([value for row in all_rows for values in series.mean_matrix(row) for value in values])
         for axis, row in zip(axes.flat, rows, strict=False):
-            R, name = mean_matrix(row), self.names[row.label]
-            shown = axis.imshow(R, cmap="Blues", vmin=0, vmax=100)
-            for t, values in enumerate(R if size <= 10 else []):
-                for i, value in enumerate(values):
-                    color = "white" if value > 60 else "black"
-                    axis.text(i, t, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8)
-            axis.set_title(
-                f"{name if len(name) <= 24 else '…' + name[-23:]}\naverage {row.mean(ACCURACY):.1f}", fontsize=8
-            )
-            step = -(-size // 10)
+            R, step = series.mean_matrix(row), -(-size // 10)
+            shown = heat(axis, R, top, 0 if size <= 10 else -1)
+            title = [*textwrap.wrap(self.names[row.label], TITLE), f"average {row.mean(ACCURACY):.1f}"]
+            axis.set_title("\n".join(title), fontsize=SMALL)
             axis.set_xticks(range(0, size, step), self.tasks[::step])
             axis.set_yticks(range(0, len(R), step), ["all"] if row.first.joint else self.tasks[: len(R) : step])
-            axis.tick_params(length=0)
-            axis.spines[:].set_visible(False)
-        figure.supxlabel("tested on task", fontsize=9)
-        figure.supylabel("after task", fontsize=9)
-        figure.colorbar(shown, ax=axes, label="top-1 (%)", shrink=0.7, pad=0.02).ax.tick_params(labelsize=8)
+        for axis in axes.flat[max(0, len(rows) - columns) : len(rows)]:
+            axis.set_xlabel("tested on task", fontsize=NORMAL)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("after task", fontsize=NORMAL)
+        bar = figure.colorbar(shown, ax=axes, shrink=0.8, pad=0.02)
+        bar.set_label("top-1 accuracy (%)", fontsize=NORMAL)
+        bar.ax.tick_params(labelsize=SMALL)
         return figure
 
     def accuracy_over_tasks(self) -> Any:
         """Mean accuracy on the tasks seen so far, after each task."""
         rows = self.rows[:LINES]
-        values = {row.label: over_tasks(mean_matrix(row)) for row in rows if not row.first.joint}
+        values = series.accuracies(rows)
         if not values or len(self.tasks) < 2:
             return None
         figure, axis = self.lines(values, self.tasks)
         for row in rows:
             if row.first.joint:
-                axis.axhline(
-                    row.mean(ACCURACY), color=self.look[row.label]["color"], ls=":", label=self.names[row.label]
-                )
-        axis.set_xlabel("after task", fontsize=9)
-        axis.set_ylabel("mean top-1 on tasks seen (%)", fontsize=9)
-        self.legend(axis)
+                look = {"color": self.look[row.label]["color"], "label": self.names[row.label]}
+                axis.axhline(row.mean(ACCURACY), ls=":", **look)
+        joint = self.of_all(LINES, lambda rows: filter(None, (accuracy(row) for row in rows)))
+        set_limits(axis, "y", [*joint, *self.of_all(LINES, lambda rows: iter(series.accuracies(rows).values()))])
+        axis.set_xlabel("after task", fontsize=NORMAL)
+        axis.set_ylabel("mean top-1 accuracy on the tasks seen (%)", fontsize=NORMAL)
+        legend(axis)
         return figure
 
     def space_shift(self) -> Any:
         """RMSE between the quantized weights at the ends of two tasks, mean over pairs of tasks, layer by layer."""
-        values, layers = {}, list(layer_shifts(self.rows[0].first.results))
-        for row in self.rows[:LINES]:
-            found = [layer_shifts(run.results) for run in row.runs]
-            common = all(set(shifts) == set(found[0]) for shifts in found)
-            if found[0] and common and (not layers or set(layers) == set(found[0])):
-                layers = layers or list(found[0])
-                values[row.label] = average([[shifts[layer] for layer in layers] for shifts in found])
+        layers, values = series.shifts(self.rows[:LINES])
         if not values:
             return None
         figure, axis = self.lines(values, layers, turned=True)
-        axis.set_ylabel("space shift (RMSE)", fontsize=9)
-        spread_out(axis, "y", [shift for row in values.values() for shift in row])
-        self.legend(axis)
+        set_limits(axis, "y", self.of_all(LINES, lambda rows: iter(series.shifts(rows)[1].values())), log=True)
+        axis.set_xlabel("layer", fontsize=NORMAL)
+        axis.set_ylabel("space shift (RMSE of quantized weights)", fontsize=NORMAL)
+        legend(axis)
         return figure
 
     def quantization_error(self) -> Any:
         """The last model's quantization error on each former task over that of the model of that task, xi(s,T)/xi(s,s),
         geometric mean over seeds. The paper proves at least 1."""
-        values = {}
-        for row in self.rows[:LINES]:
-            found = [growth for run in row.runs if (growth := error_growth(run))]
-            if found:
-                values[row.label] = [statistics.geometric_mean(ratios) for ratios in zip(*found, strict=True)]
+        values = series.growths(self.rows[:LINES])
         if not values:
             return None
         figure, axis = self.lines(values, self.tasks[:-1])
         axis.axhline(1, color="0.4", lw=1, ls="--")
-        spread_out(axis, "y", [1, *(growth for row in values.values() for growth in row)])
-        axis.set_xlabel("former task s", fontsize=9)
-        axis.set_ylabel("xi(s,T) / xi(s,s)", fontsize=9)
-        self.legend(axis)
+        set_limits(axis, "y", [1, *self.of_all(LINES, lambda rows: iter(series.growths(rows).values()))], log=True)
+        axis.set_xlim(-0.2, len(self.tasks) - 1.8)
+        axis.set_xlabel("former task", fontsize=NORMAL)
+        axis.set_ylabel("quantization error, last model / task's own", fontsize=NORMAL)
+        legend(axis)
         return figure
 
     def code_histograms(self) -> Any:
@@ -190,7 +150,9 @@ class Painter:
         if not inner:
             return None
         layers = list(dict.fromkeys([inner[0], inner[-1]]))
-        figure, axes = self.figure(1.25 * len(rows) + 0.8, len(rows), len(layers), sharex="col")
+        figure, axes = new_figure(
+            WIDE, max(2.8, 1.3 * len(rows) + 0.9), len(rows), len(layers), sharex="col", sharey=True
+        )
         for line, row in zip(axes, rows, strict=True):
             for axis, layer in zip(line, layers, strict=True):
                 found = row.first.results["code_histograms"][layer]
@@ -198,60 +160,43 @@ class Painter:
                 codes = range(found["first_code"], found["first_code"] + len(found["counts"]))
                 heights = [100 * count / total for count in found["counts"]]
                 axis.bar(codes, heights, width=0.9, color=self.look[row.label]["color"])
-                axis.set_title(f"{self.names[row.label]}: {layer.removesuffix('.weight_quant')}", fontsize=8)
-                axis.set_ylim(bottom=0)
+                axis.set_title(f"{self.names[row.label]}: {layer.removesuffix('.weight_quant')}", fontsize=SMALL)
+        axes[0][0].set_ylim(bottom=0)  # of all of them
         for axis in axes[-1]:
-            axis.set_xlabel("code", fontsize=9)
+            axis.set_xlabel("code of a weight", fontsize=NORMAL)
             axis.xaxis.get_major_locator().set_params(integer=True)
-        figure.supylabel("weights (%)", fontsize=9)
+        figure.supylabel("share of the layer's weights (%)", fontsize=NORMAL)
         return figure
 
-    def points(self, x: Callable[[Row], float | None], y: Callable[[Row], float | None], log: bool) -> tuple[Any, Any]:
-        """A point for each row. The names stand beside in a column, in the order of the points, so that none covers another."""
-        found = [(x(row), y(row), row.label) for row in self.rows[:POINTS]]
-        found = sorted(((a, b, label) for a, b, label in found if a and b is not None), key=lambda point: point[1])
+    def points(self, x: Callable, y: Callable, words: tuple[str, str], log: bool = False) -> Any:
+        """A point for each row, with its deviations over seeds. The legend beside has the order of the points, from the top."""
+        found = {row.label: (a, b) for row in self.rows[:POINTS] if (a := x(row)) and (b := y(row))}
         if not found:
-            return None, None
-        gap_inches, high = 0.18, max(3.6, 0.18 * len(found) + 1.2)
-        figure, axes = self.figure(high)
+            return None
+        figure, axes = new_figure(WIDE, max(3.8, 0.18 * len(found) + 0.9))
         axis = axes[0][0]
-        for a, b, label in found:
-            axis.plot(a, b, ls="", ms=7, **self.look[label])
-        if log:
-            spread_out(axis, "x", [a for a, _, _ in found])
-        axis.margins(0.08)
-        low, top = axis.get_ylim()
-        gap, heights = gap_inches / (high - 0.9), []
-        for _, b, _ in found:
-            heights.append(max((b - low) / (top - low), heights[-1] + gap if heights else 0.0))
-        limit = 1.0
-        for i in reversed(range(len(heights))):
-            heights[i], limit = min(heights[i], limit), min(heights[i], limit) - gap
-        for (a, b, label), height in zip(found, heights, strict=True):
-            line = {"arrowstyle": "-", "color": "0.75", "lw": 0.7, "shrinkA": 1, "shrinkB": 4}
-            axis.annotate(self.names[label], (a, b), (1.04, height), textcoords="axes fraction", va="center", fontsize=8,
-                          color="black", arrowprops=line, zorder=1)  # fmt: skip
+        for label, (a, b) in sorted(found.items(), key=lambda item: -item[1][1].means[0]):
+            bars = {f"{side}err": [of.below, of.above] for side, of in (("x", a), ("y", b)) if any(of.above)}
+            axis.errorbar(a.means, b.means, **bars, ls="", ms=7, label=self.names[label], **BAR, **self.look[label])
+        for side, of, logarithmic in (("x", x, log), ("y", y, False)):
+            shown = self.of_all(POINTS, lambda rows, of=of: filter(None, map(of, rows)))
+            set_limits(axis, side, shown, logarithmic)
+        axis.set_xlabel(words[0], fontsize=NORMAL)
+        axis.set_ylabel(words[1], fontsize=NORMAL)
         axis.grid(color="0.92", lw=0.7)
         axis.set_axisbelow(True)
-        return figure, axis
+        legend(axis)
+        return figure
 
     def forgetting_and_bytes(self) -> Any:
         """What is kept (the packed model and all else between tasks) against what is forgotten."""
-        figure, axis = self.points(lambda row: row.mean(TOTAL), lambda row: row.mean(FORGETTING), log=True)
-        if figure:
-            axis.set_xlabel("kB kept in all", fontsize=9)
-            axis.set_ylabel("forgetting (points)", fontsize=9)
-        return figure
+        return self.points(
+            kilobytes, forgetting, ("kept between tasks, with the packed model (kB)", "forgetting (points)"), True
+        )
 
     def time_and_accuracy(self) -> Any:
         """Training time an image against average accuracy."""
-        figure, axis = self.points(
-            lambda row: 1000 / speed if (speed := row.mean(SPEED)) else None, lambda row: row.mean(ACCURACY), log=False
-        )
-        if figure:
-            axis.set_xlabel("ms an image, in training", fontsize=9)
-            axis.set_ylabel("average accuracy (%)", fontsize=9)
-        return figure
+        return self.points(milliseconds, accuracy, ("training time of an image (ms)", "average accuracy (%)"))
 
 
 PICTURES = (
@@ -263,11 +208,13 @@ PICTURES = (
     (Painter.code_histograms, BARS),
     (Painter.time_and_accuracy, POINTS),
 )
+WITHOUT_BARS = (Painter.matrices, Painter.code_histograms)
 
 
-def draw(table: Table, out: Path) -> Iterator[tuple[str, str]]:
-    """Write the table's pictures into ``out``. Returns (file name, caption) of each."""
-    painter = Painter(table)
+def draw(table: Table, tables: Sequence[Table], out: Path) -> Iterator[tuple[str, str]]:
+    """Write the table's pictures into ``out``; ``tables`` are all of the report. Returns (file name, caption) of each."""
+    painter = Painter(table, tables)
+    seeds = max(len(row.runs) for row in table.rows)
     for paint, room in PICTURES:
         figure = paint(painter)
         if figure is None:
@@ -275,6 +222,8 @@ def draw(table: Table, out: Path) -> Iterator[tuple[str, str]]:
         name = f"{paint.__name__}_{table.name}.png"
         figure.savefig(out / name, metadata={"Software": None})
         caption = " ".join(paint.__doc__.split())
+        if seeds > 1 and paint not in WITHOUT_BARS:
+            caption += " Bars: the standard deviation over seeds."
         if len(table.rows) > room:
             caption += f" The {room} rows of {len(table.rows)} with the best average accuracy."
         yield name, caption

@@ -70,6 +70,7 @@ def _fault(found: dict[str, Any]) -> str | None:
             isinstance(h, dict) and type(h.get("first_code")) is int and isinstance(h.get("counts"), list) and all(map(_is_count, h["counts"]))
             for h in found["code_histograms"].values()),
         "versions": isinstance(found["versions"], dict),
+        "grid_tasks": isinstance(found.get("grid_tasks"), dict | None),
     }  # fmt: skip
     return next((name for name, fine in good.items() if not fine), None)
 
@@ -123,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     text = ["# Report", ""]
     for table in found:
         text.append(markdown(table))
-        for name, caption in draw(table, out) if drawn else ():
+        for name, caption in draw(table, found, out) if drawn else ():
             text += [f"![{name.removesuffix('.png')}]({name})", "", caption, ""]
             print(f"wrote {one_line(out / name)}")
     text += ["## Space shift and forgetting", "", RELATION, "", *(f"- {line}" for line in relation), ""]

@@ -50,12 +50,14 @@ def read_all(given: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def show_result(view: Path, run: Run, results: dict[str, Any]) -> None:
-    """Write the copy, with the run's key and the data set's name. A source has no row and no copy."""
+    """Write the copy, with the run's key, the data set's name and the grid's [tasks]. A source has no row and no copy."""
     if not run.is_source:
         folder = view / run.name
         folder.mkdir(parents=True, exist_ok=True)
         config = {**results["config"], "dataset": run.tasks["dataset"]}
-        write_json(folder / "results.json", {**results, "config": config, "sweep": run.folder.name})
+        write_json(
+            folder / "results.json", {**results, "config": config, "sweep": run.folder.name, "grid_tasks": run.tasks}
+        )
 
 
 def results_below(folder: Path, needed: Iterable[str]) -> list[tuple[Path, dict[str, Any]]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lifequant.common.errors import UserError
 from lifequant.config import free_names
 from lifequant.experiments.compare import MEMORY, mean_shift
+from lifequant.experiments.grid_tasks import OF_THE_RUN
 from lifequant.results.table import not_b_bit
 
 try:
@@ -20,6 +21,7 @@ except ImportError:
     raise UserError("reports need scipy: pip install 'lifequant[plot]'") from None
 
 IGNORED = frozenset({"seed", "start_task"})  # a run forked at task 1 is the same, bit for bit, as one run alone
+IMAGES = ("train_images", "test_images")
 LEVEL = 0.05  # two-sided
 
 
@@ -113,12 +115,17 @@ TOTAL, SPEED = COSTS[-2], COSTS[-1]
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What all runs of a row must share: the configuration, and how many classes and images the tasks have."""
+    """What all runs of a row must share: the configuration, and how many classes and images the tasks have.
+
+    Where a grid made the tasks with each run's own seed, their sizes go by the seed too; the grid's [tasks] are shared then.
+    """
     kept = {name: value for name, value in run.config.items() if name not in IGNORED | free_names()}
     tasks = run.results["tasks"]
     kept["number of tasks"] = len(tasks)
     kept["classes a task"] = [len(task["classes"]) for task in tasks]
-    for images in ("train_images", "test_images"):
+    if (made := run.results.get("grid_tasks")) and made.get("task_seed") == OF_THE_RUN:
+        return kept | {"[tasks] of the grid": made}
+    for images in IMAGES:
         kept[f"{images} a task"] = [task[images] for task in tasks]
     # Not their images a task: how many of the stored ones have a class that the task lacks goes by the seed.
     kept["bytes of replay"] = run.results["memory_bytes"]["replay"]
@@ -137,13 +144,24 @@ def refuse_to_mix(runs: Sequence[Run]) -> None:
                 values = ", ".join("none" if value is none else json.dumps(value)[:60] for value in (a, b))
                 raise UserError(
                     f"{first.path} and {run.path}: one row ({run.label}), but {name} differs ({values}): "
-                    "only runs that differ in nothing but the seed are averaged; give them folders of other names"
+                    f"{remedy(name, first, run)}"
                 )
         if run.seed in seeds:
             raise UserError(
                 f"{seeds[run.seed].path} and {run.path}: one row ({run.label}), and both have seed {run.seed}"
             )
         seeds[run.seed] = run
+
+
+def remedy(name: str, first: Run, other: Run) -> str:
+    """What to do about two runs of a row that differ in ``name``."""
+    orders = [[task["classes"] for task in run.results["tasks"]] for run in (first, other)]
+    if orders[0] != orders[1] and name.endswith((" a task", " of replay")):
+        return (
+            "their tasks have other classes, since they were made with another --seed; make the tasks of all runs with the "
+            "same --seed, or run a grid, whose seeds are averaged either way"
+        )
+    return "only runs that differ in nothing but the seed are averaged; give them folders of other names"
 
 
 def group(runs: Sequence[Run]) -> list[Row]:
@@ -186,13 +204,20 @@ class Table:
         return best if metric.better * sum(differences) > 0 and paired_t_test(differences) < LEVEL else None
 
 
+def task_sizes(rows: Sequence[Row], images: str) -> list[tuple[int, int]]:
+    """(least, most) of each task over all runs: they differ where each seed has its own tasks."""
+    found = [[task[images] for task in run.results["tasks"]] for row in rows for run in row.runs]
+    return [(min(sizes), max(sizes)) for sizes in zip(*found, strict=True)]
+
+
 def tables(rows: Sequence[Row]) -> list[Table]:
     """A table for each bit-width and data set."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         config, common = row.first.config, settings(row.first)
-        data = [common[key] for key in ("dataset", "image_size", "classes a task", "train_images a task")]
-        key = json.dumps([config["bitW"], config["abitW"], *data, common["test_images a task"]])
+        names = ("dataset", "image_size", "classes a task", "train_images a task", "test_images a task")
+        data = [common.get(key) for key in names]
+        key = json.dumps([config["bitW"], config["abitW"], *data, common.get("[tasks] of the grid")], sort_keys=True)
         found.setdefault(key, []).append(row)
     result: list[Table] = []
     for _, members in sorted(found.items(), key=lambda item: (-json.loads(item[0])[0], item[0])):

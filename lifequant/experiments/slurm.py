@@ -64,6 +64,8 @@ class Job:
 class Slurm:
     """An executor of sweep; ``args`` are its flags."""
 
+    queues = True
+
     def __init__(self, args: Any, folder: Path) -> None:
         if submitit is None:
             raise UserError("--slurm needs submitit: pip install 'lifequant[slurm]'")

@@ -31,19 +31,23 @@ from tqdm import tqdm
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.errors import one_line
 from lifequant.experiments import result_files
-from lifequant.experiments.grid import Run, read_grid, runs_of_grid, weight, write_tasks
+from lifequant.experiments.estimate import GUESS, Estimate, duration, spent
+from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
+from lifequant.experiments.grid_tasks import write_tasks
 from lifequant.experiments.slurm import TRAIN, Slurm, python_path
 
 LOG = f"sweep{os.getpid()}.log"  # what a run said to this sweep, in its folder
-GUESS = 200.0  # images of 32 pixels a second and core: what a time is reckoned from before a run has finished
 IN_USE = "is in use by"  # another sweep, or one that was killed, has this run under way
 WAIT = 0.3  # seconds between looks
+TELL = 5.0  # seconds after which the time left is shown anew, on a terminal
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # without tqdm's own guess of the time left
 
 
 class Executor(Protocol):
     """Starts runs, at most ``slots`` at a time."""
 
     slots: int
+    queues: bool  # whether a run may wait before it begins
 
     def start(self, arguments: list[str], log: Path) -> Any: ...
 
@@ -56,6 +60,8 @@ class Executor(Protocol):
 
 class Local:
     """Runs processes on this machine, which share its cores."""
+
+    queues = False
 
     def __init__(self, jobs: int) -> None:
         self.slots = jobs
@@ -104,10 +110,15 @@ class Sweep:
             executor,
             have,
         )
-        self.weights = {run.folder: weight(run, data_dir) for run in runs}
-        self.times = {run.folder: spent(self.results(run)) for run in runs if self.finished(run)}
+        self.estimate = Estimate(runs, data_dir, max(1, (os.cpu_count() or 1) // executor.slots))
+        self.times: dict[Path, float] = {}  # seconds of the finished runs
+        for run in runs:
+            if self.finished(run):
+                self.learn(run, None)
         self.waiting = [run for run in runs if run.folder not in self.times and not self.failure(run)]
         self.going: dict[Path, tuple[Run, Any]] = {}
+        self.began: dict[Path, float] = {}  # when those under way were started
+        self.told = 0.0
         self.later: dict[Path, float] = {}  # in use elsewhere: when to look again
 
     def file(self, run: Run) -> Path:
@@ -130,13 +141,17 @@ class Sweep:
                 return file.read_text(encoding="utf-8").strip()
         return None
 
-    def seconds(self, runs: list[Run]) -> tuple[float, bool]:
-        """(seconds that ``runs`` take, whether that is known from a finished run)."""
-        if self.times:
-            rate = sum(self.weights[folder] for folder in self.times) / sum(self.times.values())
-        else:
-            rate = GUESS * max(1, (os.cpu_count() or 1) // self.executor.slots)
-        return sum(self.weights[run.folder] for run in runs) / rate / self.executor.slots, bool(self.times)
+    def learn(self, run: Run, wall: float | None) -> None:
+        """Note what a finished run took."""
+        results = self.results(run)
+        self.times[run.folder] = spent(results)
+        self.estimate.learn(run, results, wall, self.file(run).is_file())
+
+    def left(self) -> float:
+        """Seconds until the last run has ended."""
+        now = time.monotonic()
+        going = [(run, now - self.began[run.folder]) for run, _ in self.going.values()]
+        return self.estimate.left(self.waiting, going, self.executor.slots)
 
     def go(self) -> None:
         """Run until nothing is left to do."""
@@ -145,11 +160,12 @@ class Sweep:
             if run.folder in self.times:  # another grid may have run it
                 result_files.show_result(self.view, run, self.results(run))
         for run in {run.csv_dir: run for run in self.waiting}.values():
-            write_tasks(run, self.data_dir)
-        with tqdm(total=len(self.runs), initial=len(self.runs) - len(self.waiting), unit="run") as bar:
+            write_tasks(run.tasks, run.task_seed, self.data_dir, run.csv_dir)
+        done = len(self.runs) - len(self.waiting)
+        with tqdm(total=len(self.runs), initial=done, unit="run", bar_format=BAR) as bar:
             try:
                 while self.waiting or self.going:
-                    if self.advance(bar):
+                    if self.advance(bar) or (sys.stderr.isatty() and time.monotonic() > self.told + TELL):
                         self.tell(bar)
                     time.sleep(WAIT)
             except BaseException:
@@ -165,6 +181,7 @@ class Sweep:
         ready = [run for run in self.waiting if self.ready(run)][: self.executor.slots - len(self.going)]
         for run in ready:
             run.folder.mkdir(parents=True, exist_ok=True)
+            self.began[run.folder] = time.monotonic()
             self.going[run.folder] = run, self.executor.start(run.arguments(self.data_dir), run.folder / LOG)
         lost = [run for run in self.waiting if self.failure(run)]
         if lost:
@@ -177,13 +194,14 @@ class Sweep:
 
     def tell(self, bar: tqdm) -> None:
         """Show the time left and the failures behind the progress bar."""
-        left, _ = self.seconds([*self.waiting, *(run for run, _ in self.going.values())])
+        self.told = time.monotonic()
         failed = sum(self.failure(run) is not None for run in self.runs)
-        bar.set_postfix_str(f"about {duration(left)} left" + f", {failed} failed" * bool(failed))
+        left = [f"about {duration(self.left())} left"] if self.waiting or self.going else []
+        bar.set_postfix_str(", ".join([*left, *[f"{failed} failed"] * bool(failed)]))
 
     def ended(self, run: Run, code: int, bar: tqdm) -> None:
         if code == 0 and self.finished(run):
-            self.times[run.folder] = spent(self.results(run))
+            self.learn(run, None if self.executor.queues else time.monotonic() - self.began[run.folder])
             result_files.show_result(self.view, run, self.results(run))
         elif IN_USE in (line := last_line(run.folder / LOG)):
             self.later[run.folder] = time.monotonic() + 10
@@ -199,19 +217,9 @@ class Sweep:
         bar.update()
 
 
-def spent(results: dict[str, Any]) -> float:
-    """Seconds that a run took, with the start of its process."""
-    return results["seconds"] + sum(results["time_share"][part] for part in ("startup_seconds", "compile_seconds"))
-
-
 def last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     return one_line(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"))
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "1 min"
 
 
 def plan(sweep: Sweep) -> str:
@@ -221,11 +229,10 @@ def plan(sweep: Sweep) -> str:
         state = "finished" if run.folder in sweep.times else "failed" if sweep.failure(run) else "to run"
         first = " after task 0 of another" if run.flags.get("start_task") else ""
         lines.append(f"{state:<8} {run.folder.name} {run.name}{first}")
-    seconds, known = sweep.seconds(sweep.waiting)
-    basis = "as fast as those finished" if known else f"guessed at {GUESS:.0f} images a second and core"
-    lines.append(
-        f"{len(sweep.runs)} runs, {len(sweep.waiting)} to do, {sweep.executor.slots} at a time: about {duration(seconds)}, {basis}"
-    )
+    basis = "as fast as those finished" if sweep.times else f"guessed at {GUESS:.0f} images a second and core"
+    about = f": about {duration(sweep.left())}, {basis}" if sweep.waiting else ""
+    lines.append(task_seeds(sweep.runs))
+    lines.append(f"{len(sweep.runs)} runs, {len(sweep.waiting)} to do, {sweep.executor.slots} at a time{about}")
     return "\n".join(lines)
 
 

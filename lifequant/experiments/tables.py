@@ -13,13 +13,14 @@ from lifequant.experiments.rows import (
     ACCURACY,
     COSTS,
     FORGETTING,
+    IMAGES,
     LEVEL,
     SCORES,
     Metric,
     Row,
     Table,
     paired_t_test,
-    settings,
+    task_sizes,
 )
 
 MARK = "†"
@@ -36,6 +37,11 @@ deviation over them (n - 1). images/s: in training, on the machine each run had.
 def spoken(values: Sequence[Any]) -> str:
     """One value if all are the same, else all of them."""
     return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
+
+
+def ranges(sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Each (least, most) in words."""
+    return [str(least) if least == most else f"{least} to {most}" for least, most in sizes]
 
 
 def _differing(rows: Sequence[Row], name: str) -> str:
@@ -56,14 +62,15 @@ def versions(rows: Sequence[Row]) -> str:
 
 def headers(table: Table) -> list[str]:
     """Lines on what holds for the whole table: data, training, seeds, versions."""
-    rows, common = table.rows, settings(table.rows[0].first)
-    classes, train = common["classes a task"], common["train_images a task"]
-    share = [f"{images / max(1, own):.0f}" for images, own in zip(train, classes, strict=True)]
+    rows = table.rows
+    classes = [len(task["classes"]) for task in rows[0].first.results["tasks"]]
+    train, test = (task_sizes(rows, images) for images in IMAGES)
+    share = [f"{least / max(1, own):.0f}" for (least, _), own in zip(train, classes, strict=True)]
     seeds = sorted({run.seed for row in rows for run in row.runs})
     return [
         f"data: {one_name(_differing(rows, 'dataset'))}; tasks: {len(classes)}; classes a task: {spoken(classes)}; "
-        f"training images a task: {spoken(train)} (a class: {spoken(share)}); "
-        f"test images a task: {spoken(common['test_images a task'])}; image size: {_differing(rows, 'image_size')}",
+        f"training images a task: {spoken(ranges(train))} (a class: {spoken(share)}); "
+        f"test images a task: {spoken(ranges(test))}; image size: {_differing(rows, 'image_size')}",
         f"epochs a task: {_differing(rows, 'num_epochs')}; batch: {_differing(rows, 'train_batch_size')}; "
         f"seeds: {', '.join(map(str, seeds))}",
         versions(rows),

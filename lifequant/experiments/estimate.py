@@ -1,0 +1,114 @@
+"""How long runs take: seconds before the first step, and seconds an image, by what runs like them took."""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lifequant.data.create.tasks import class_images, class_names
+from lifequant.experiments.grid import Run, checked
+from lifequant.experiments.grid_tasks import classes_of_tasks
+
+GUESS = 200.0  # images of 32 pixels a second and core: what a time is reckoned from before a run has finished
+START = 8.0  # seconds of a run without its steps, before one has finished
+QUANTIZED = (
+    1.5  # what an image costs in a quantized network, in units of a float network's: 1.4 to 1.8 without --compile
+)
+REPLAY_RATE = 0.2  # a run's default
+
+
+def images_of_classes(data_dir: Path) -> list[int]:
+    """Training images of each class."""
+    names = class_names(data_dir / "train")
+    counts = dict.fromkeys(range(len(names)), 0)
+    for _, label in class_images(data_dir, data_dir / "train", names):
+        counts[label] += 1
+    return list(counts.values())
+
+
+def work(run: Run, counts: Sequence[int]) -> tuple[float, float]:
+    """(of the whole run, of what it trains itself): images of 32 pixels that a float network would train on in that time."""
+    config, tasks = checked(run, run.name), run.tasks
+    most = tasks.get("images_per_class") or max(counts)
+    each = [min(most, n) * (1 - tasks.get("held_out", 0.0)) for n in counts]
+    new = [sum(each[label] for label in labels) for labels in classes_of_tasks(tasks, len(counts), run.task_seed)]
+    rate = 0.0 if config.replay_rate == 0 or config.buffer_size else config.replay_rate or REPLAY_RATE
+    images = [n + rate * sum(new[:t]) + min(config.buffer_size or 0, sum(new[:t])) for t, n in enumerate(new)]
+    scale = config.num_epochs * (config.image_size / 32) ** 2 * (QUANTIZED if config.bitW < 32 else 1.0)
+    images = images[: config.num_tasks]
+    return scale * sum(images), scale * sum(images[config.start_task :])
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a finished run took: seconds without its steps, seconds of its steps, and its ``work``."""
+
+    run: Run
+    fixed: float
+    steps: float
+    work: float
+    here: bool  # on this machine
+
+
+class Estimate:
+    """What runs will take, by those that have finished."""
+
+    def __init__(self, runs: Sequence[Run], data_dir: Path, cores: float) -> None:
+        counts = images_of_classes(data_dir)
+        self.work = {run.folder: work(run, counts) for run in runs}
+        self.guess, self.taken = GUESS * cores, []
+
+    def learn(self, run: Run, results: dict[str, Any], wall: float | None, here: bool) -> None:
+        """Take in a finished run. ``wall``: seconds of its process, if known; one that was resumed took less than all its steps."""
+        whole, own = self.work[run.folder]
+        startup, compilation = (results["time_share"][f"{part}_seconds"] for part in ("startup", "compile"))
+        steps = max(0.0, results["seconds"] - compilation) * own / whole  # a fork has task 0's seconds of the other run
+        fixed = startup + compilation if wall is None or wall < steps else wall - steps
+        self.taken.append(Taken(run, fixed, steps, own, here))
+
+    def seconds(self, run: Run) -> float:
+        """Of a run from its beginning to its end: by runs of its row, else of its method and bits, else of all."""
+        own = self.work[run.folder][1]
+        here = [taken for taken in self.taken if taken.here] or self.taken
+        for alike in (lambda r: r.name.rsplit("/", 1)[0], lambda r: (r.flags.get("method"), r.flags.get("bitW")), bool):
+            found = [taken for taken in here if alike(taken.run) == alike(run)]
+            if found:
+                pace = sum(taken.steps for taken in found) / sum(taken.work for taken in found)
+                return statistics.median(taken.fixed for taken in found) + pace * own
+        return START + own / self.guess
+
+    def left(self, waiting: Sequence[Run], going: Sequence[tuple[Run, float]], slots: int) -> float:
+        """Seconds until all runs have ended, ``slots`` at a time; ``going`` has those under way, with their seconds so far."""
+        late = 1.0  # if nothing has finished and runs take longer than guessed, all will
+        if not self.taken:
+            late = max([late, *(done / self.seconds(run) for run, done in going)])
+        ends = {run.folder: max(late * self.seconds(run) - done, 0.0) for run, done in going}
+        free, waiting = [*ends.values(), *[0.0] * (slots - len(ends))], list(waiting)
+        heapq.heapify(free)
+        unknown = {run.folder: float("inf") for run in waiting}
+        while waiting:
+            now = heapq.heappop(free)
+            ready = (run for run in waiting if all({**unknown, **ends}.get(f, 0.0) <= now for f in run.after))
+            if run := next(ready, None):
+                waiting.remove(run)
+                ends[run.folder] = now + late * self.seconds(run)
+                heapq.heappush(free, ends[run.folder])
+            else:  # all that is left begins from a run that is still under way
+                heapq.heappush(free, min(end for end in ends.values() if end > now))
+        return max(ends.values(), default=0.0)
+
+
+def spent(results: dict[str, Any]) -> float:
+    """Seconds that a run took, with its start."""
+    return results["seconds"] + results["time_share"]["startup_seconds"]
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,130 @@
+"""A sweep's time left, against runs whose times are known: a fake clock, and an executor that takes what it is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from lifequant.experiments import estimate, grid, sweep
+
+FIXED, FLOAT = 9.0, 1 / 30  # seconds of a run before its steps, and of an image in a float network
+PACE = {"original": 1.5, "ours": 2.1, "ewc": 1.7}  # an image in a quantized network, in units of a float network's
+IMAGES = 12  # a class
+GRID = """
+[tasks]
+dataset = "tiny"
+num_tasks = 3
+diminish_rate = 100
+[source]
+num_epochs = 8
+[flags]
+num_epochs = 4
+bitW = [32, 4]
+seed = [0, 1, 2]
+[rows.original]
+method = "original"
+[rows.ewc]
+method = "ewc"
+[rows.ours]
+method = "ours"
+"""
+
+
+class Clock:
+    """Stands for the module time."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Known:
+    """An executor whose runs take their time on the clock and then write results."""
+
+    queues = False
+
+    def __init__(self, runs: list[grid.Run], clock: Clock, slots: int) -> None:
+        self.by_folder, self.clock, self.slots = {str(run.folder): run for run in runs}, clock, slots
+
+    def start(self, arguments, log):
+        run = self.by_folder[arguments[arguments.index("--job_dir") + 1]]
+        return run, self.clock.now + FIXED + steps(run, run.flags.get("start_task", 0))
+
+    def code(self, handle):
+        run, end = handle
+        if self.clock.now < end:
+            return None
+        share = {"startup_seconds": FIXED / 2, "compile_seconds": 0.0}  # python's own start is not in it
+        found = {"config": {}, "seconds": steps(run, 0), "time_share": share}
+        (run.folder / "results.json").write_text(json.dumps(found))
+        return 0
+
+
+def steps(run: grid.Run, first: int) -> float:
+    """Seconds of a run's steps from a task on: 4 classes each, and for ours 20 % of those before."""
+    replay = 0.2 if run.flags["method"] == "ours" else 0.0
+    images = sum(IMAGES * 4 * (1 + replay * task) for task in range(first, run.flags.get("num_tasks", 3)))
+    pace = PACE[run.flags["method"]] if run.flags["bitW"] < 32 else 1.0
+    return images * run.flags["num_epochs"] * FLOAT * pace
+
+
+class Bar:
+    """Stands for tqdm; keeps what it was told to show."""
+
+    def __init__(self, *_, **__) -> None:
+        Bar.shown = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+    def update(self, n: int = 1) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None:
+        Bar.shown.append(text)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for folder in (root / side / f"class{label:02}" for side in ("train", "test") for label in range(12)):
+        folder.mkdir(parents=True)
+        for i in range(IMAGES):
+            Image.new("RGB", (1, 1)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("forked", [True, False])
+def test_time_left(images, tmp_path, monkeypatch, slots, forked):
+    """Right within 30 % from a tenth of the sweep on, as soon as a run has finished; nothing is left at the end."""
+    text = GRID if forked else GRID.replace('[rows.ewc]\nmethod = "ewc"\n', "")
+    (tmp_path / "grid.toml").write_text(text)
+    runs = grid.runs_of_grid(grid.read_grid(tmp_path / "grid.toml"), tmp_path, "grid")
+    assert any("from_run" in run.flags for run in runs) == forked
+    clock = Clock()
+    monkeypatch.setattr(sweep, "time", clock)
+    monkeypatch.setattr(sweep, "tqdm", Bar)
+    this = sweep.Sweep(runs, images, tmp_path, tmp_path / "view", Known(runs, clock, slots), {})
+    told, advance = [], this.advance
+    monkeypatch.setattr(
+        this, "advance", lambda bar: (advance(bar), told.append((clock.now, this.left(), len(this.times))))[0]
+    )
+    this.go()
+    assert len(this.times) == len(runs)
+    for share in (0.1, 0.3, 0.5, 0.8):
+        now, left = next((now, left) for now, left, done in told if done and now >= share * clock.now)
+        assert left == pytest.approx(clock.now - now, rel=0.3), share
+    assert told[-1][1] == 0 and "left" not in Bar.shown[-1] and "left" in Bar.shown[-2]
+
+
+def test_in_words():
+    said = [estimate.duration(seconds) for seconds in (0.2, 20, 61, 119, 121, 3599, 5400)]
+    assert said == ["1 s", "20 s", "61 s", "119 s", "2 min", "1 h 0 min", "1 h 30 min"]
