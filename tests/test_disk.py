@@ -91,7 +91,7 @@ def scalars(folder: Path) -> dict:
     for place in {path.parent for path in folder.rglob("events.*")}:
         events = accumulator.EventAccumulator(str(place), {"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:
-            if not tag.startswith("speed/"):
+            if not tag.startswith("5_speed/"):
                 found[place.relative_to(folder), tag] = [(e.step, e.value) for e in events.Scalars(tag)]
     return found
 

@@ -94,8 +94,8 @@ def test_curves(job):
     assert all_points["2_forgetting/average"][-1][1] == pytest.approx(found["forgetting"])
     assert all_points["2_forgetting/task0"][0][1] == pytest.approx(R[0][0] - all_points["1_accuracy/test_task0"][2][1])
     assert [step for step, _ in all_points["2_forgetting/task1"]] == [23, 28]
-    assert [step for step, _ in all_points["9_memory_bytes"]] == ENDS
-    assert all_points["9_memory_bytes"][-1][1] == sum(found["memory_bytes"].values())
+    assert [step for step, _ in all_points["9_memory_kB"]] == ENDS
+    assert all_points["9_memory_kB"][-1][1] == pytest.approx(sum(found["memory_bytes"].values()) / 1000)
     assert len([tag for tag in all_points if tag.startswith("6_quantizer_scales/")]) == 40
     used = [values for tag, values in all_points.items() if tag.startswith("7_quantizer_codes/used/")]
     assert len(used) == 40 and all(len(values) == 3 and 0 < values[-1][1] <= 1 for values in used)

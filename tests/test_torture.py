@@ -29,15 +29,15 @@ def test_whatever_differs_is_seen(tiny, tmp_path):
     torch.save(state, path)
     results = other / "results.json"
     results.write_text(results.read_text().replace('"seed": 0', '"seed": 1'))
-    with SummaryWriter(str(other / "run/task0")) as writer:
-        writer.add_scalar("lr", 0.04, 4)
+    with SummaryWriter(str(other / "run")) as writer:
+        writer.add_scalar("4_learning_rate", 0.04, 4)
     (other / "model_best.pt").unlink()
     found = differences(tmp_path / "run", other)
     assert found[0] == "*.pt: model_best.pt not in both"
     assert found[1] == "checkpoint/task0.pt/model/fc.weight: tensors differ"
     assert found[2] == "results.json/config/seed: 0 and 1"
-    assert found[3].startswith("curves/run/task0/lr: 2 and 3 entries")
-    shutil.rmtree(other / "run/task0/test", ignore_errors=True)
+    assert found[3].startswith("curves/run/4_learning_rate: 2 and 3 entries")
+    shutil.rmtree(other / "run")
     assert any("in one only" in line for line in differences(tmp_path / "run", other))
 
 

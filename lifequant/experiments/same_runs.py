@@ -68,6 +68,6 @@ def curves(folder: Path) -> dict[str, Any]:
     found = {}
     for run in sorted({path.parent for path in folder.rglob("events.*")}):
         events = EventAccumulator(str(run), {"scalars": 0}).Reload()
-        tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
+        tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("5_speed/")]
         found[run.relative_to(folder).as_posix()] = {t: [(e.step, e.value) for e in events.Scalars(t)] for t in tags}
     return found

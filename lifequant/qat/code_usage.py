@@ -30,11 +30,10 @@ def code_counts(model: nn.Module, x: Tensor) -> dict[str, CodeCounts]:
     found: dict[str, CodeCounts] = {}
 
     def count(name: str, quant: FakeQuant, value: Tensor) -> None:
-        codes, times = quant.codes(value).long().unique(return_counts=True)
-        first, last = min(quant.qn, int(codes[0])), max(quant.qp, int(codes[-1]))
-        dense = torch.zeros(last - first + 1, dtype=torch.int64, device=value.device)
-        dense[codes - first] = times
-        found[name] = CodeCounts(quant, first, dense)
+        codes = quant.codes(value).long().flatten()
+        least, most = (int(bound) for bound in codes.aminmax())
+        first, last = min(quant.qn, least), max(quant.qp, most)
+        found[name] = CodeCounts(quant, first, torch.bincount(codes - first, minlength=last - first + 1))
 
     for name, layer in weight_layers(model):
         if isinstance(layer.weight_quant, FakeQuant):

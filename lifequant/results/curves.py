@@ -81,7 +81,7 @@ def evaluate_within(run: Run, epoch: int) -> None:
 
 
 def add_task_end(run: Run, codes: Mapping[str, CodeCounts]) -> None:
-    """Add what a finished task is known by: accuracies, the matrix, codes, oscillations, bytes, histograms of weights."""
+    """Add what a finished task is known by: accuracies, the matrix, codes, oscillations, memory, histograms of weights."""
     curves, step, history = run.log.curves, run.global_step, run.history
     _add_accuracies(run, history, run.task_index)
     for name, (quant, _, counts) in codes.items():
@@ -92,7 +92,10 @@ def add_task_end(run: Run, codes: Mapping[str, CodeCounts]) -> None:
     if run.oscillations:
         for name, share in history["oscillation"][-1]["oscillating"].items():
             curves.add_scalar(f"8_oscillating_weights/{name}", share, step)
-    curves.add_scalar("9_memory_bytes", packed_model_bytes(run.model) + sum(history["memory"].values()), step)
+    kept = packed_model_bytes(run.model) + sum(history["memory"].values())
+    curves.add_scalar(
+        "9_memory_kB", kept / 1000, step, "The packed model, and all that is kept beside it for later tasks."
+    )
     for name, layer in weight_layers(run.model):
         curves.add_histogram(f"weights/{name}", layer.weight.detach().flatten().cpu().numpy(), step)
 

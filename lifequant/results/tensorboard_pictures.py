@@ -16,7 +16,7 @@ WIDTH = 900  # pixels
 LEFT, TOP, RIGHT, BOTTOM = 130, 130, 20, 76  # margins of the matrix
 SMALLEST, HIGHEST = 38, 160  # sides of a cell
 SHADES = ((247, 251, 255), (107, 174, 214), (8, 48, 107))  # ColorBrewer's Blues
-INK, GRAY, RED = (30, 30, 30), (150, 150, 150), (178, 34, 34)
+INK, GRAY = (30, 30, 30), (150, 150, 150)
 COLUMNS, CHART, HEADING = 5, (180, 140), 60  # charts in a row of the codes' picture, pixels of one, and of a heading
 MOST_BARS = 64
 
@@ -89,11 +89,11 @@ def codes_picture(codes: Mapping[str, CodeCounts]) -> np.ndarray:
 
 
 def _chart(draw: ImageDraw.ImageDraw, name: str, codes: CodeCounts, corner: tuple[int, int]) -> None:
-    """The name of one tensor, how many of its codes occur (red: fewer than half), and the bars."""
+    """The name of one tensor, how many of its codes occur, and the bars."""
     left, top = corner[0] + 8, corner[1] + 4
     used, every = int((codes.counts > 0).sum()), codes.quantizer.qp - codes.quantizer.qn + 1
     draw.text((left, top), name.rpartition(".")[0][-18:], INK, _font(19))
-    draw.text((left, top + 22), f"{used} of {every} codes", INK if used >= every / 2 else RED, _font(19))
+    draw.text((left, top + 22), f"{used} of {every} codes", INK, _font(19))
     _bars(draw, codes.counts.tolist(), (left, top + 52, left + CHART[0] - 16, top + CHART[1] - 16))
 
 

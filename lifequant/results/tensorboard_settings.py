@@ -23,13 +23,13 @@ OTHERS = ("act_quantizer", "loss", "sampler", "ll_lambda", "replay_rate", "buffe
 METRICS = {  # the last value of a curve
     "1_accuracy/average_class_il": "average accuracy (%)",
     "2_forgetting/average": "forgetting (points)",
-    "9_memory_bytes": "bytes",
+    "9_memory_kB": "memory (kB)",
 }
 LAYOUT = {
     "LifeQuant": {
-        "Class-IL accuracy (%): average and each task": ["1_accuracy/(average_class_il|test_task.*)"],
-        "average accuracy (%): Class-IL and Task-IL": ["1_accuracy/average_(class|task)_il"],
-        "forgetting (points): average and each task": ["2_forgetting/.*"],
+        "average accuracy (%, Class-IL)": ["1_accuracy/average_class_il"],
+        "average and each task (%, Class-IL)": ["1_accuracy/(average_class_il|test_task.*)"],
+        "average forgetting (points)": ["2_forgetting/average"],
     }
 }
 
