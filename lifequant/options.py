@@ -127,6 +127,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     return config, notes
 
 
+def typed(argv: Sequence[str]) -> set[str]:
+    """Names of the settings that a command line gives."""
+    words = {word.split("=", 1)[0] for word in argv}
+    return {f.name for f in fields(Config) if f.metadata and words & {f"--{f.name}", *f.metadata["names"]}}
+
+
 def make(**settings: Any) -> Config:
     """A Config from Python: ``make(method="ours", bitW=4, csv_dir=...)``, checked as the command line is; None is not given."""
     argv: list[str] = []

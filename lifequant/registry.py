@@ -79,11 +79,9 @@ def unknown(kind: str, name: str, others: Iterable[str] = ()) -> UserError:
     """The error for a name that is not registered; ``others`` may be meant too."""
     known = names(kind)
     if kind == "model":  # resnet50 is not a misspelled resnet20
-        near = closest(name, known, cutoff=0.99)
+        near = closest(name, known, cutoff=0.9)
         elsewhere = (
-            ""
-            if near
-            else ": lifequant.quantize_model (Python) quantizes any other torch model, for a training loop of your own"
+            ": lifequant.quantize_model (Python) quantizes any other torch model, for a training loop of your own"
         )
     else:
         near, elsewhere = closest(name, [*known, *ALIASES.get(kind, {}), *others]), ""
@@ -125,14 +123,14 @@ def own_flags(kind: str, name: str) -> dict[str, argparse.Action]:
 
 
 def describe() -> str:
-    """Methods, quantizers, models and presets: the name with its aliases, what it is, its source; at most 80 columns."""
+    """Methods, quantizers, models and presets: the name, what it is, its source, its aliases; at most 80 columns."""
     parts = []
     for kind in _PACKAGES:
         found = {name: _find(kind, name) for name in names(kind)}
         parts.append(
             (
                 _PACKAGES[kind].removeprefix("lifequant."),
-                {_with_aliases(kind, n): getattr(x, "help", None) or _first_line(x) for n, x in found.items()},
+                {n: (getattr(x, "help", None) or _first_line(x)) + _aliases(kind, n) for n, x in found.items()},
             )
         )
     parts.append(("presets", {name: presets.load(name)["help"] for name in presets.names()}))
@@ -141,8 +139,8 @@ def describe() -> str:
     )
 
 
-def _with_aliases(kind: str, name: str) -> str:
-    return ", ".join([name, *(alias for alias, meant in ALIASES.get(kind, {}).items() if meant == name)])
+def _aliases(kind: str, name: str) -> str:
+    return "".join(f"; also called {alias}" for alias, meant in ALIASES.get(kind, {}).items() if meant == name)
 
 
 def _entry(name: str, text: str) -> str:
