@@ -20,6 +20,7 @@ SCRIPTS = {  # verb: the script of the clone that does the same
     "images": "lifelong_data_generation/prepare_images.py",
     "tasks": "lifelong_data_generation/lifeLongDataGeneator.py",
     "replay": "lifelong_data_generation/replayDataGenerator.py",
+    "sweep": "scripts/sweep.py",
 }
 
 
