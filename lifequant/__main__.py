@@ -14,6 +14,7 @@ from pathlib import Path
 
 import lifequant
 from lifequant.common.arguments import run_main
+from lifequant.common.commands import going_on
 from lifequant.common.errors import UserError, closest, one_line
 from lifequant.runtime import preemption
 
@@ -41,13 +42,11 @@ def train(argv: Sequence[str]) -> int:
         return list_names([])
     config, notes = options.parse(argv)
     if config.test_only:
-        job = "lifequant.evaluate_only:test"
-    elif config.bit_schedule:
-        job = "lifequant.progressive_bits:run"
-    else:
-        job = "lifequant.train:run"
+        _function("lifequant.evaluate_only:test")(config, notes, options.typed(argv))
+        return 0
+    job = "lifequant.progressive_bits:run" if config.bit_schedule else "lifequant.train:run"
     try:
-        with preemption.handled():
+        with preemption.handled(going_on(argv)):
             _function(job)(config, notes)
     except preemption.Stopped as stopped:
         code, text = preemption.ending(stopped, bool(config.resume))

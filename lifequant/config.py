@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -35,11 +35,30 @@ def epochs_list(text: str) -> list[int]:
     return [int_at_least(1)(part) for part in text.split(",") if part]
 
 
+def bit_width(text: str) -> int:
+    """The type of --bitW, --abitW and --first_last_bits; their choices are checked by argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        if any(mark in text for mark in ",/ "):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not one number: --bitW takes the bit-width of the weights, --abitW that of the activations, "
+                "--bit_schedule a list like 32,8,4"
+            ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bit-width (known: {_listed(BIT_WIDTHS)})") from None
+
+
+def _listed(widths: Iterable[int]) -> str:
+    return ", ".join(map(str, widths))
+
+
 def bits_list(text: str) -> tuple[int, ...]:
     """``32,8,4`` -> (32, 8, 4): falling bit-widths."""
     widths = tuple(int_at_least(1)(part) for part in text.split(",") if part)
     if not widths or any(w not in BIT_WIDTHS for w in widths) or list(widths) != sorted(set(widths), reverse=True):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of falling bit-widths like 32,8,4 (known: {BIT_WIDTHS})")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of falling bit-widths like 32,8,4 (known: {_listed(BIT_WIDTHS)})"
+        )
     return widths
 
 
@@ -49,7 +68,7 @@ def layer_bits(text: str) -> str:
         found = re.fullmatch(r"([^=,]+)=(\d+)(?:/(\d+))?", part.strip())
         if not found or any(bits and int(bits) not in BIT_WIDTHS for bits in found.groups()[1:]):
             raise argparse.ArgumentTypeError(
-                f"{part!r} is not PATTERN=BITS or PATTERN=WEIGHT_BITS/ACTIVATION_BITS (known: {BIT_WIDTHS})"
+                f"{part!r} is not PATTERN=BITS or PATTERN=WEIGHT_BITS/ACTIVATION_BITS (known: {_listed(BIT_WIDTHS)})"
             )
     return text
 
@@ -157,15 +176,13 @@ class Config:
     )
     quantizer: str = flag("", QUANT, "quantizer of the weights (default: proxq for ours, lsq for the others)")
     act_quantizer: str = flag("", QUANT, "quantizer of the activations (default: the same as the weights')")
-    bitW: int = flag(4, QUANT, "bit-width of the weights", type=int_at_least(1), choices=BIT_WIDTHS)
-    abitW: int = flag(
-        0, QUANT, "bit-width of the activations (default: --bitW)", type=int_at_least(1), choices=BIT_WIDTHS
-    )
+    bitW: int = flag(4, QUANT, "bit-width of the weights", type=bit_width, choices=BIT_WIDTHS)
+    abitW: int = flag(0, QUANT, "bit-width of the activations (default: --bitW)", type=bit_width, choices=BIT_WIDTHS)
     first_last_bits: int = flag(
         8,
         QUANT,
         "bit-width of the first and the last layer, where --bitW is below 32",
-        type=int_at_least(1),
+        type=bit_width,
         choices=BIT_WIDTHS,
     )
     layer_bits: str | None = flag(None, QUANT, "other bit-widths for some layers, weights/activations: layer3.*=8,fc=4/8",

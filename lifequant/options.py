@@ -14,7 +14,7 @@ from typing import Any
 
 from lifequant import presets, registry
 from lifequant.common.arguments import FALSE, TRUE, Parser
-from lifequant.common.errors import UserError, closest
+from lifequant.common.errors import UserError
 from lifequant.config import DATA, METHOD, QUANT, RESUME_JOB_DIR, RUN, TRAIN, Config
 
 LIFEQUANT_NAMES = ("life_q", "lifeq")  # the original's two spellings of its quantizer, after --method
@@ -71,6 +71,7 @@ def build_parser(method: str = "ours", *quantizers: str, penalty: str = "proxq")
 def _method_and_quantizer(given: dict[str, Any]) -> tuple[str, str]:
     """The lifelong method and the quantizer, however typed."""
     typed, ll_method, quantizer = given.get("method", "ours"), given.get("ll_method"), given.get("quantizer")
+    typed, ll_method = registry.canonical("method", typed), ll_method and registry.canonical("method", ll_method)
     known = registry.names("method")
     as_quantizer = "proxq" if typed in LIFEQUANT_NAMES else typed if typed in registry.names("quantizer") else None
     if as_quantizer:
@@ -86,8 +87,7 @@ def _method_and_quantizer(given: dict[str, Any]) -> tuple[str, str]:
         if ll_method not in (None, typed):
             raise UserError(f"--method {typed} and --ll_method {ll_method} name two lifelong methods: leave one out")
     if method not in known:
-        names = [*known, *registry.names("quantizer"), *LIFEQUANT_NAMES]
-        raise UserError(f"unknown method {method!r}{closest(method, names)} (known: {', '.join(known)})")
+        raise registry.unknown("method", method, [*registry.names("quantizer"), *LIFEQUANT_NAMES])
     quantizer = quantizer or registry.method(method).defaults["quantizer"]
     registry.quantizer_class(quantizer)
     return method, quantizer
@@ -127,6 +127,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         {**given, "method": method, "quantizer": quantizer, "act_quantizer": act_quantizer}, options, notes
     )
     return config, notes
+
+
+def typed(argv: Sequence[str]) -> set[str]:
+    """Names of the settings that a command line gives."""
+    words = {word.split("=", 1)[0] for word in argv}
+    return {f.name for f in fields(Config) if f.metadata and words & {f"--{f.name}", *f.metadata["names"]}}
 
 
 def make(**settings: Any) -> Config:

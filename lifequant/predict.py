@@ -24,9 +24,9 @@ def load(job_dir: str | Path) -> nn.Module:
     >>> model.class_names[model(model.preprocess("seven.png")).argmax()]  # doctest: +SKIP
     """
     path = Path(job_dir)
-    path = path / "model_best.pt" if path.is_dir() else path
     found = checkpoint.find_model(path)
     if found is None:
+        path = path / "model_best.pt" if path.is_dir() else path
         raise UserError(f"{path}: no such model; a run writes it at its end")
     state = checkpoint.read(found, "model")
     config, names, size = checkpoint.network_of(state, found)

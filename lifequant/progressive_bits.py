@@ -14,6 +14,7 @@ from typing import Any
 from lifequant import train
 from lifequant.common.errors import UserError
 from lifequant.config import RESUME_JOB_DIR, Config
+from lifequant.results.table import CLASS_IL, SCENARIOS, TASK_IL, task_il
 
 
 def rungs(config: Config) -> list[Config]:
@@ -50,19 +51,19 @@ def run(config: Config, notes: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 def table(config: Config, found: Sequence[dict[str, Any]]) -> str:
     """A line a rung: accuracy on task 0 when it had just been learned, and what all tasks came to at the last rung."""
-    lines = [
-        f"{'bits':<8}{'tasks':>6}{'task 0 (%)':>12}{'average (%)':>13}{'forgetting':>12}{'model (kB)':>12}  folder"
-    ]
+    heads = ("task 0", CLASS_IL, TASK_IL, "forgetting", "model (kB)")
+    lines = ["top-1 (%)", f"{'bits':<6}{'tasks':>6}" + "".join(f"{head:>12}" for head in heads)]
     for bits, results in zip(config.bit_schedule, found, strict=True):
         settings, forgot = results["config"], results["forgetting"]
-        cells = [
-            f"{settings['bitW']}/{settings['abitW']:<6}"[:8].ljust(8),
-            f"{len(results['tasks']):>6}",
-            f"{results['top1'][0][0]:>12.2f}",
-            f"{results['average_accuracy']:>13.2f}",
-            f"{'-' if forgot is None else format(forgot, '.2f'):>12}",
-            f"{results['memory_bytes']['packed_model'] / 1000:>12.1f}",
-            f"  {folder(config, bits).name}",
-        ]
-        lines.append("".join(cells))
-    return "\n".join(lines)
+        cells = (
+            f"{results['top1'][0][0]:.2f}",
+            f"{results['average_accuracy']:.2f}",
+            f"{task_il(results):.2f}",
+            "-" if forgot is None else f"{forgot:.2f}",
+            f"{results['memory_bytes']['packed_model'] / 1000:.1f}",
+        )
+        begin = f"{settings['bitW']}/{settings['abitW']}"
+        lines.append(
+            f"{begin:<6}{len(results['tasks']):>6}" + "".join(f"{cell:>12}" for cell in cells) + f"  {bits}bit"
+        )
+    return "\n".join([*lines, *SCENARIOS])

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -27,6 +28,8 @@ _PACKAGES = {
     "quantizer": "lifequant.quantizers",
     "model": "lifequant.models",
 }
+ALIASES = {"method": {"lifequant": "ours", "finetune": "original"}}  # other names, for what a user types
+WIDTH = 80  # columns of describe()
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _PACKAGES}
 _loaded: set[str] = set()
 
@@ -57,7 +60,7 @@ def names(kind: str) -> list[str]:
 def _add(kind: str, point: Any) -> None:
     """Register what another package offers. Raises UserError where it can't be had, or takes a name that is there."""
     where = f"entry point {point.name!r} of {point.dist.name if point.dist else 'a package'} ({_PACKAGES[kind]})"
-    former = _registered[kind].get(point.name)
+    former = _registered[kind].get(canonical(kind, point.name))
     try:
         thing = point.load()
     except Exception as error:  # another's import may raise anything
@@ -67,10 +70,28 @@ def _add(kind: str, point: Any) -> None:
     register(kind, point.name)(thing)
 
 
-def _find(kind: str, name: str) -> Any:
+def canonical(kind: str, name: str) -> str:
+    """The registered name that ``name`` is an alias of, else ``name`` itself."""
+    return ALIASES.get(kind, {}).get(name, name)
+
+
+def unknown(kind: str, name: str, others: Iterable[str] = ()) -> UserError:
+    """The error for a name that is not registered; ``others`` may be meant too."""
     known = names(kind)
-    if name not in known:
-        raise UserError(f"unknown {kind} {name!r}{closest(name, known)} (known: {', '.join(known)})")
+    if kind == "model":  # resnet50 is not a misspelled resnet20
+        near = closest(name, known, cutoff=0.9)
+        elsewhere = (
+            ": lifequant.quantize_model (Python) quantizes any other torch model, for a training loop of your own"
+        )
+    else:
+        near, elsewhere = closest(name, [*known, *ALIASES.get(kind, {}), *others]), ""
+    return UserError(f"unknown {kind} {name!r}{near} (known: {', '.join(known)}){elsewhere}")
+
+
+def _find(kind: str, name: str) -> Any:
+    name = canonical(kind, name)
+    if name not in names(kind):
+        raise unknown(kind, name)
     return _registered[kind][name]
 
 
@@ -102,21 +123,28 @@ def own_flags(kind: str, name: str) -> dict[str, argparse.Action]:
 
 
 def describe() -> str:
-    """Methods, quantizers, models and presets, one a line: the name, what it is, its source."""
+    """Methods, quantizers, models and presets: the name, what it is, its source, its aliases; at most 80 columns."""
     parts = []
     for kind in _PACKAGES:
         found = {name: _find(kind, name) for name in names(kind)}
         parts.append(
             (
                 _PACKAGES[kind].removeprefix("lifequant."),
-                {n: getattr(x, "help", None) or _first_line(x) for n, x in found.items()},
+                {n: (getattr(x, "help", None) or _first_line(x)) + _aliases(kind, n) for n, x in found.items()},
             )
         )
     parts.append(("presets", {name: presets.load(name)["help"] for name in presets.names()}))
     return "\n\n".join(
-        f"{title}:\n" + "\n".join(f"{name:<18} {line}" for name, line in sorted(lines.items()))
-        for title, lines in parts
+        f"{title}:\n" + "\n".join(_entry(name, line) for name, line in sorted(lines.items())) for title, lines in parts
     )
+
+
+def _aliases(kind: str, name: str) -> str:
+    return "".join(f"; also called {alias}" for alias, meant in ALIASES.get(kind, {}).items() if meant == name)
+
+
+def _entry(name: str, text: str) -> str:
+    return textwrap.fill(f"{name:<18} {text}", WIDTH, subsequent_indent=19 * " ", break_on_hyphens=False)
 
 
 def _first_line(thing: Any) -> str:

@@ -59,7 +59,7 @@ def test_original_command_lines(tiny, tmp_path, monkeypatch, capsys):
 
     assert run_main(command, first) == 2
     error = capsys.readouterr().err
-    (made_by,) = re.findall(r"this makes a 32-bit one: python main\.py (.*)\n", error)
+    (made_by,) = re.findall(r"this makes a 32-bit one: lifequant (.*)\n", error)
     assert command(shlex.split(made_by) + more) == 0
     assert command(first) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -136,7 +136,7 @@ def test_image_root(tiny, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny.csvs, tmp_path / "csvs")
     (folder / "dataset.json").unlink()
     monkeypatch.setattr(image_root, "TOP", tmp_path)
-    with pytest.raises(UserError, match=r"72 of 72 images are missing in .*data_dir/tiny.*prepare_images\.py"):
+    with pytest.raises(UserError, match=r"72 of 72 images are missing in .*data_dir/tiny.*lifequant images"):
         loaded(tiny, csv_dir=folder, data_dir=None)
     shutil.copytree(tiny.images, tmp_path / "data_dir" / "tiny")
     assert len(loaded(tiny, csv_dir=folder, data_dir=None).train.paths) == 48
@@ -183,20 +183,57 @@ def test_load(tiny, finished):
         lifequant.load(tiny.images)
 
 
+def outcome(argv: list[str], capsys: pytest.CaptureFixture) -> tuple[list[list[float]], str]:
+    """The rows of --test_only's table (Class-IL, Task-IL, top-5), the last one the average; and all that is said."""
+    capsys.readouterr()
+    assert command([*argv, "--test_only"]) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"^(?:task \d|average) +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.MULTILINE)
+    return [[float(value) for value in row] for row in rows], out
+
+
 def test_test_only(tiny, finished, tmp_path, capsys):
-    """Prints the accuracies of job_dir's model, or of --source_file's; writes and trains nothing."""
+    """Needs the run's folder alone, or a model's file: all settings are the run's. It writes and trains nothing."""
     found = read(finished)
     before = sorted(finished.rglob("*"))
-    for more in ({"job_dir": finished}, {"job_dir": tmp_path / "none", "source_file": finished / "model_best.pt"}):
-        capsys.readouterr()
-        assert command(arguments({**settings(tiny, finished), **more, "test_only": True})) == 0
-        out = capsys.readouterr().out
-        accuracies = [float(value) for value in re.findall(r"^task \d: top-1 ([\d.]+) %", out, re.MULTILINE)]
-        assert accuracies == pytest.approx(found["top1"][-1], abs=0.01)
-        assert f"average accuracy {found['average_accuracy']:.2f} %" in out
-    assert sorted(finished.rglob("*")) == before and not (tmp_path / "none").exists()
-    assert run_main(command, arguments({**settings(tiny, finished), "test_only": True, "bitW": 2})) == 2
-    assert "config.json" in capsys.readouterr().err
+    for argv in (["--job_dir", str(finished)], ["--source_file", str(finished / "checkpoint" / "model_best.pt")]):
+        rows, out = outcome(argv, capsys)
+        by_task = [
+            list(row) for row in zip(*(found[name][-1] for name in ("top1", "top1_masked", "top5")), strict=True)
+        ]
+        assert rows == [
+            pytest.approx(row, abs=0.006) for row in [*by_task, [sum(c) / 2 for c in zip(*by_task, strict=True)]]
+        ]
+        assert "Class-IL" in out and "Task-IL" in out and "of no effect" not in out and "other than" not in out
+    argv = arguments({**settings(tiny, finished), "bitW": 2, "quantizer": "lsq", "num_tasks": 1, "image_size": 32})
+    rows, out = outcome(argv, capsys)
+    assert rows[0] == pytest.approx([found[name][-1][0] for name in ("top1", "top1_masked", "top5")], abs=0.006)
+    lost, kept, *_ = out.splitlines()
+    assert all(
+        text in lost for text in ("--bitW 2 (its run: 4)", "--quantizer lsq (its run: proxq)", "--image_size 32")
+    )
+    assert len(rows) == 2 and "--num_tasks 1 (its run: not given)" in kept
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_test_only_elsewhere(tiny, finished, tmp_path, capsys, monkeypatch):
+    """The run's relative paths begin where its own folder's path does; what is gone is named."""
+    job = tmp_path / "work" / "experiment" / "run"
+    shutil.copytree(finished, job)
+    csvs = shutil.copytree(tiny.csvs, tmp_path / "work" / "csvs")
+    config = json.loads((job / "config.json").read_text()) | {"csv_dir": "csvs", "job_dir": "experiment/run"}
+    (job / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(job)
+    assert outcome(["--job_dir", "."], capsys)[0] == outcome(["--job_dir", str(finished)], capsys)[0]
+    shutil.rmtree(csvs)
+    assert run_main(command, ["--test_only", "--job_dir", "."]) == 2
+    assert "config.json says the task CSVs are in csvs, which is not there" in capsys.readouterr().err
+    rungs = shutil.copytree(finished, tmp_path / "bits" / "4bit").parent
+    assert run_main(command, ["--test_only", "--job_dir", str(rungs)]) == 2
+    assert f"(--job_dir {rungs / '4bit'} has one)" in capsys.readouterr().err
+    (job / "config.json").write_text("[]")
+    assert run_main(command, ["--test_only", "--job_dir", "."]) == 2
+    assert "not the settings of a run" in capsys.readouterr().err
 
 
 def test_what_is_said(tiny, tmp_path, capsys):

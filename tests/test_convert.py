@@ -213,7 +213,7 @@ def test_few_values():
 def test_transformer_is_quantized_in_eval_mode():
     """torch computes such a layer from its float weights where it can."""
     torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu"), 1)
     q = quantize_model(model, weight_bits=2, first_last_bits=None)
     x = torch.randn(2, 5, 8)
     calibrate(q, x)

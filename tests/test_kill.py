@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,7 +78,9 @@ def test_a_signal_ends_with_a_checkpoint(tiny, straight, tmp_path, capsys, monke
     argv = arguments(settings(tiny, tmp_path / "run", method="derpp", **FREE | {"checkpoint_seconds": 1000}))
     code, error = stopped_at_step(argv, 7, number, monkeypatch, capsys)
     assert code == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}[number]
-    assert error == f"lifequant: stopped by {number.name}; the state is written: go on with --resume True\n"
+    begin, line = error.split("; go on with: lifequant ")
+    assert begin == f"lifequant: stopped by {number.name}; the state is written"
+    assert shlex.split(line) == [*argv, "--resume"]
     state = checkpoint.read(tmp_path / "run/checkpoint/last.pt", "run")
     assert 6 * state["task_index"] + state["step"] > 0 and state["step"] > 0
     ends_the_same(argv, tmp_path / "run", straight)
@@ -125,6 +128,7 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     error = process.communicate(timeout=60)[1]
+    assert f"; go on with: {sys.executable} -m lifequant --csv_dir " in error and error.endswith(" --resume\n")
     assert process.returncode == 130 and time.monotonic() - began < 10 and "Traceback" not in error
     found, _ = checkpoint.read_last(tmp_path / "run/checkpoint/last.pt", print)
     assert found["step"] > 0

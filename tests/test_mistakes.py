@@ -33,7 +33,8 @@ def test_one_line(block, tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [0, 10, 45])
 def test_by_a_process_of_its_own(number, tiny, tmp_path):
-    *_, line, answer = BLOCKS[number].splitlines()
+    of_main = [block for block in BLOCKS if block.splitlines()[-2].startswith("$ python main.py ")]
+    *_, line, answer = of_main[number].splitlines()
     script = mistakes.TOP / "resnet-20-cifar-10" / "main.py"
     words = [word if word != "csvs" else str(tiny.csvs) for word in shlex.split(line[2:])[2:]]
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, cwd=tmp_path, timeout=100)

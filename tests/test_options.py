@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lifequant import options, presets
-from lifequant.common.errors import UserError
+from lifequant import options, presets, registry
+from lifequant.common.errors import OTHER_NAMES, UserError
 
 # (typed, lifelong method, quantizer, loss, sampler)
 SPELLINGS = [
@@ -48,7 +48,20 @@ def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
         ("--method lif_q", ["unknown method", "did you mean 'life_q'"]),
         ("--method life_q --ll_method our", ["unknown method", "did you mean 'ours'"]),
         ("--quantizer prox", ["unknown quantizer", "did you mean 'proxq'"]),
-        ("--target_model resnet21", ["unknown model", "did you mean 'resnet20'"]),
+        (
+            "--target_model resnet18",
+            ["unknown model 'resnet18' (known: resnet20, resnet56)", "lifequant.quantize_model"],
+        ),
+        ("--target_model ResNet-20", ["did you mean 'resnet20'"]),
+        ("--quantizer LSQ", ["did you mean 'lsq'"]),
+        ("--method Ours", ["did you mean 'ours'"]),
+        ("--method lifequnt", ["did you mean 'lifequant'"]),
+        ("--method lifequant --ll_method finetune", ["two lifelong methods"]),
+        ("--batch_size 32", ["unknown flag --batch_size; here it is called --train_batch_size"]),
+        ("--learning-rate 1", ["here it is called --lr "]),
+        ("--num-epochs 1", ["did you mean '--num_epochs'"]),
+        ("--bitW 4,4", ["--bitW takes the bit-width of the weights", "--abitW", "--bit_schedule"]),
+        ("--bitW 4 4", ["unexpected argument '4' after --bitW 4"]),
         ("--source_model resnet56", ["--source_model resnet56 does not fit"]),
         ("--preset paper --method replay", ["--preset paper"]),
         ("--num_epoch 3", ["unknown flag --num_epoch", "did you mean '--num_epochs'"]),
@@ -80,6 +93,22 @@ def test_refused(typed, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_other_names_are_flags_of_none():
+    """What is suggested exists, and what it is suggested for does not."""
+    flags = {word.removeprefix("--") for word in options.build_parser()[0]._option_string_actions}
+    others = [other for names in OTHER_NAMES.values() for other in names.split()]
+    assert OTHER_NAMES.keys() <= flags and not flags & set(others) and len(set(others)) == len(others)
+
+
+def test_aliases_of_methods():
+    """They are typed; what a run stores is the method's own name."""
+    for typed, name in (("lifequant", "ours"), ("finetune", "original")):
+        for argv in (["--method", typed], ["--method", "life_q", "--ll_method", typed]):
+            meant = [name if word == typed else word for word in argv]
+            assert options.parse(argv) == options.parse(meant) and options.parse(argv)[0].method == name
+        assert registry.method(typed) is registry.method(name) and typed not in registry.names("method")
 
 
 def test_a_preset_chooses_the_method_and_goes_by_bits(monkeypatch, tmp_path):

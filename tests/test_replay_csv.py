@@ -90,7 +90,7 @@ def test_bad_csvs(here, capsys, content, named):
 
 def test_gaps_in_the_tasks(here, capsys):
     assert run_main(main_counts, []) == 2
-    assert "lifeLongDataGeneator.py" in capsys.readouterr().err
+    assert "lifequant tasks" in capsys.readouterr().err
     write("x_train0.csv", [("a.png", 0)])
     write("x_train2.csv", [("a.png", 0)])
     assert run_main(main_replay, []) == 2 and run_main(main_counts, ["--num_tasks=2"]) == 2

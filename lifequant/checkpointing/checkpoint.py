@@ -207,7 +207,8 @@ def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dic
 
 
 def find_model(path: Path) -> Path | None:
-    """``path``, or the same file in (or beside) a folder checkpoint/, where runs keep it as well."""
+    """``path`` (of a folder its model_best.pt), or the same file in (or beside) a folder checkpoint/, where runs keep it as well."""
+    path = path / "model_best.pt" if path.is_dir() else path
     other = (
         path.parent.parent / path.name if path.parent.name == "checkpoint" else path.parent / "checkpoint" / path.name
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from lifequant.common.errors import UserError, closest, one_line
+from lifequant.common.errors import UserError, closest_flag, one_line
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
@@ -28,7 +28,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, raises UserError instead of exiting, names the flag that is closest to an unknown one."""
+    """Takes no abbreviations, raises UserError instead of exiting, names the flag that is meant by an unknown one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
@@ -42,20 +42,28 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but report a mistyped flag before a required flag that is missing because of it."""
         words = list(sys.argv[1:] if args is None else args)
         flags = words[: words.index("--")] if "--" in words else words
-        self._refuse([word for word in flags if word.startswith("--") and not self._knows(word)])
+        self._refuse([word for word in flags if word.startswith("--") and not self._knows(word)], words)
         parsed, rest = self.parse_known_args(words, namespace)
-        self._refuse([word for word in rest if word != "--"])
+        self._refuse([word for word in rest if word != "--"], words)
         return parsed
 
     def _knows(self, word: str) -> bool:
         return word.split("=", 1)[0] in self._option_string_actions
 
-    def _refuse(self, words: Sequence[str]) -> None:
+    def _refuse(self, words: Sequence[str], given: Sequence[str]) -> None:
         if words and words[0].startswith("-"):
             flag = words[0].split("=", 1)[0]
-            raise UserError(f"unknown flag {flag}{closest(flag, self._option_string_actions)} (--help lists all)")
+            raise UserError(f"unknown flag {flag}{closest_flag(flag, self._option_string_actions)} (--help lists all)")
         if words:
-            raise UserError(f"unexpected argument {words[0]!r} (--help lists the flags)")
+            raise UserError(f"unexpected argument {words[0]!r}{_after(words[0], given)} (--help lists the flags)")
+
+
+def _after(word: str, given: Sequence[str]) -> str:
+    """ " after --flag value", where ``word`` follows a flag that has its value already."""
+    for i in range(2, len(given)):
+        if given[i] == word and given[i - 2].startswith("--") and not given[i - 1].startswith("-"):
+            return f" after {given[i - 2]} {given[i - 1]}"
+    return ""
 
 
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -43,17 +43,6 @@ def find_folder(folder: str, flag: str, remedy: str) -> Path:
     raise UserError(f"{flag} {folder}: no such folder (tried {', '.join(map(str, tried))}); {remedy}")
 
 
-def prepare_command(name: str, folder: str) -> str:
-    """The command that makes the images of the data set ``name``, where ``candidates(folder)`` will find them."""
-    known = ("cifar10", "cifar100", "digits")
-    dataset = name if name in known else "|".join(known)
-    script = Path("lifelong_data_generation", "prepare_images.py")
-    given = Path(folder).expanduser()
-    relative = Path(*given.parts[1:]) if given.parts[:1] == ("src",) else given
-    out = os.path.relpath((TOP or Path.cwd()) / relative)
-    return f"python {os.path.relpath(TOP / script) if TOP else script} --dataset {dataset} --out {out}"
-
-
 def checked_name(name: str, folder: Path) -> str:
     """Return ``name``, of a class or an image in ``folder``. Raises UserError if a CSV or a terminal can't show it."""
     bad = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)  # Cs: bytes that aren't UTF-8

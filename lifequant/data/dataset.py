@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lifequant.common.commands import command
 from lifequant.common.errors import UserError, closest
 from lifequant.common.safe_files import MOST_CLASSES, short
 from lifequant.config import REPLAY_RATE, Config
@@ -103,7 +104,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     """Read, check and decode everything that ``config`` asks for; ``say`` takes lines for the user. Raises UserError."""
     folder = Path(config.csv_dir)
     if not folder.is_dir():
-        raise UserError(f"--csv_dir {folder}: no such folder; lifeLongDataGeneator.py makes the task CSVs")
+        raise UserError(f"--csv_dir {folder}: no such folder; make the task CSVs: {command('tasks')}")
     prefix = _prefix(folder, config.dataset)
     record = dataset_json.read(folder) or {}
     record = record if record.get("name") == prefix else {}
@@ -184,7 +185,7 @@ def _listed(numbers: Sequence[int]) -> str:
 def _prefix(folder: Path, wanted: str | None) -> str:
     present = prefixes(folder)
     if not present:
-        raise UserError(f"--csv_dir {folder}: no task CSVs (<name>_train0.csv); lifeLongDataGeneator.py makes them")
+        raise UserError(f"--csv_dir {folder}: no task CSVs (<name>_train0.csv); make them: {command('tasks')}")
     if wanted is None and len(present) > 1:
         raise UserError(f"--csv_dir {folder} has CSVs of {' and '.join(present)}: choose one by --dataset")
     prefix = wanted or present[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lifequant.common.commands import prepare_command
 from lifequant.common.errors import UserError
-from lifequant.common.files import TOP, find_folder, prepare_command
+from lifequant.common.files import TOP, find_folder
 from lifequant.common.safe_files import short, stats_inside
 from lifequant.config import Config
 from lifequant.data import dataset_json

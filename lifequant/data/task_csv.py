@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from lifequant.common.commands import command
 from lifequant.common.errors import UserError, closest
 from lifequant.common.safe_files import MOST_CLASSES, open_regular, short
 
@@ -49,9 +50,7 @@ def choose_prefix(folder: Path, wanted: str | None) -> str:
     """The prefix ``wanted`` (also as cifar100.csv, cifar100_train.csv), else the only one present; raises UserError."""
     present = prefixes(folder)
     if not present:
-        raise UserError(
-            f"{folder}: no training CSVs of tasks (<name>_train0.csv, ...); lifeLongDataGeneator.py makes them"
-        )
+        raise UserError(f"{folder}: no training CSVs of tasks (<name>_train0.csv, ...); make them: {command('tasks')}")
     if wanted is None:
         if len(present) > 1:
             raise UserError(f"{folder}: CSVs of several data sets ({', '.join(present)}); say which by --data_csv")

@@ -11,12 +11,13 @@ from typing import Any
 from lifequant.common.arguments import Parser
 from lifequant.common.errors import one_line
 from lifequant.experiments.result_files import read_all
-from lifequant.results.table import not_b_bit
+from lifequant.results.table import CLASS_IL, TASK_IL, not_b_bit, task_il, wrapped
 
 MEMORY = ("packed_model", "replay", "importance", "reference")  # the rest is "other"
 LEGEND = """\
-average: mean top-1 over all tasks after the last one, in percent. masked: the
-same, choosing among a task's own classes. forgetting: points lost since a task
+Class-IL: class-incremental accuracy, the average: mean top-1 over all tasks
+after the last one, in percent. Task-IL: task-incremental, the same choosing
+among a task's own classes (task-masked). forgetting: points lost since a task
 was best. shift: RMSE between the quantized weights at the ends of two tasks,
 mean over layers and pairs of tasks."""
 
@@ -32,13 +33,13 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def accuracy_row(results: dict[str, Any]) -> list[str]:
-    config, masked = results["config"], results["top1_masked"][-1]
+    config = results["config"]
     return [
         config["method"],
         config["quantizer"] if min(config["bitW"], config["abitW"]) < 32 else "-",
         f"{config['bitW']}/{config['abitW']}",
         number(results["average_accuracy"]),
-        number(sum(masked) / len(masked)),
+        number(task_il(results)),
         number(results["forgetting"]),
         number(mean_shift(results["space_shift"]), 4),
     ]
@@ -65,7 +66,7 @@ def table(heads: Sequence[tuple[str, int]], rows: dict[str, list[str]]) -> str:
 
 
 def compare(runs: dict[str, dict[str, Any]]) -> str:
-    accuracy = (("method", 10), ("quantizer", 9), ("bits", 5), ("average", 7), ("masked", 7))
+    accuracy = (("method", 10), ("quantizer", 9), ("bits", 5), (CLASS_IL, 8), (TASK_IL, 7))
     accuracy += (("forgetting", 10), ("shift", 7))
     cost = (
         ("model", 7),
@@ -79,13 +80,13 @@ def compare(runs: dict[str, dict[str, Any]]) -> str:
     runs = {one_line(name): results for name, results in runs.items()}
     parts = [
         table(accuracy, {name: accuracy_row(results) for name, results in runs.items()}),
-        "memory in kB: the packed model, and what is kept between tasks; speed in training\n"
+        "memory in kB: the packed model and what is kept between tasks; speed in training\n"
         + table(cost, {name: cost_row(results) for name, results in runs.items()}),
         LEGEND,
     ]
     over = [f"{name} ({text})" for name, results in runs.items() if (text := not_b_bit(results))]
     if over:
-        parts.append(f"note: not b-bit: {', '.join(over)}")
+        parts.append(wrapped(f"note: not b-bit: {', '.join(over)}"))
     tasks = [[(task["classes"], task["test_images"]) for task in results["tasks"]] for results in runs.values()]
     if any(other != tasks[0] for other in tasks):
         parts.append("note: these runs were not tested on the same tasks")

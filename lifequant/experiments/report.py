@@ -22,6 +22,7 @@ from lifequant.experiments.pictures import draw
 from lifequant.experiments.result_files import COMPACT, NEEDED, compact, results_below
 from lifequant.experiments.rows import Run, errors_that_fell, group, shift_and_forgetting, tables
 from lifequant.experiments.tables import LEGEND, code, csv_text, latex, markdown
+from lifequant.results.table import wrapped
 
 NUMBERS = ("seed", "bitW", "abitW", "num_epochs", "train_batch_size", "image_size")
 MORE = ("bwt", "quantization_error", "code_histograms", "versions")
@@ -131,7 +132,8 @@ def main(argv: Sequence[str]) -> int:
     fell = [f"all rows: {errors_that_fell(rows)}", *(f"{code(row.label)}: {errors_that_fell([row])}" for row in rows)]
     said = "xi(s,T) / xi(s,s) of the former tasks of all runs. The paper proves at least 1."
     text += ["## Quantization error", "", said, "", *(f"- {line}" for line in fell), "", LEGEND, ""]
-    print("Spearman's correlation of space shift and forgetting:", *relation, sep="\n  ")
+    print("Spearman's correlation of space shift and forgetting:")
+    print(*(wrapped(f"  {line}") for line in relation), sep="\n")
     written = {"report.md": "\n".join(text), "table.csv": csv_text(found)}
     if args.latex:
         written["table.tex"] = "\n".join(map(latex, found))

@@ -98,8 +98,8 @@ def _bytes_of(kind: str) -> Callable[[dict[str, Any]], float]:
 
 
 SCORES = (
-    Metric("average_accuracy", "average (%)", 2, 1, lambda r: r["average_accuracy"]),
-    Metric("task_masked_accuracy", "task-masked (%)", 2, 1, masked),
+    Metric("average_accuracy", "average (Class-IL, %)", 2, 1, lambda r: r["average_accuracy"]),
+    Metric("task_masked_accuracy", "task-masked (Task-IL, %)", 2, 1, masked),
     Metric("forgetting", "forgetting", 2, -1, lambda r: r["forgetting"]),
     Metric("bwt", "BWT", 2, 1, lambda r: r["bwt"]),
     Metric("space_shift", "space shift", 4, -1, lambda r: mean_shift(r["space_shift"])),

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from lifequant.common.arguments import Parser, int_at_least
+from lifequant.common.commands import command
 from lifequant.common.errors import one_line
 from lifequant.experiments import result_files
 from lifequant.experiments.estimate import GUESS, Estimate, duration, spent
@@ -280,7 +281,11 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         return 0
     result_files.clear_former_results(sweep.view, runs, out)
-    sweep.go()
+    try:
+        sweep.go()
+    except KeyboardInterrupt:
+        print(f"lifequant: the sweep is stopped; go on with: {command('sweep', *argv)}", file=sys.stderr)
+        raise
     failed = {run.name: line for run in runs if (line := sweep.failure(run))}
     for name, line in failed.items():
         print(f"failed: {name}: {line}")

@@ -27,7 +27,8 @@ MARK = "†"
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {c: "\\" + c for c in "&%$#_{}"}
 LEGEND = """\
-average: mean top-1 over all tasks after the last one. task-masked: the same, choosing among a task's own classes.
+average: mean top-1 over all tasks after the last one, choosing among all classes (class-incremental, Class-IL).
+task-masked: the same, choosing among a task's own classes (task-incremental, Task-IL).
 forgetting: points lost since a task was best, before the last one. BWT: points on a task after the last one, less those
 just after it was learned. space shift: RMSE between the quantized weights at the ends of two tasks, mean over layers and
 pairs of tasks. kB: 1000 bytes; the packed model, and what is kept between tasks beside it. n: seeds; ± is the standard
@@ -154,7 +155,14 @@ def paired(table: Table) -> list[str]:
     if not lines:
         return []
     said = f"Differences from {code(best.label)}, seed by seed (mean; p of a paired t-test, two-sided):"
-    return [said, "", "| row | n | average | p | forgetting | p |", "|---|---:|---:|---:|---:|---:|", *lines, ""]
+    return [
+        said,
+        "",
+        "| row | n | average (Class-IL) | p | forgetting | p |",
+        "|---|---:|---:|---:|---:|---:|",
+        *lines,
+        "",
+    ]
 
 
 def csv_text(found: Sequence[Table]) -> str:

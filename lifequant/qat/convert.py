@@ -22,7 +22,8 @@ from torch import nn
 from lifequant import registry
 from lifequant.common.errors import UserError
 from lifequant.qat.convert_calibration import calibrate, calibrate_at_first_forward
-from lifequant.qat.convert_report import describe, why_float
+from lifequant.qat.convert_functions import FunctionCalls, find_function_calls
+from lifequant.qat.convert_report import describe, warn_of_functions, why_float
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, check_bits, set_layer_bits
 from lifequant.quantizers.base import FakeQuant, Quantizer
 
@@ -44,8 +45,8 @@ def quantize_model(
     """Return a quantized copy of any eager model; the given model does not change.
 
     Every nn.Conv2d and nn.Linear gets a weight quantizer, and every nn.ReLU and nn.ReLU6 gets a quantizer for its output.
-    Everything else stays float: subclasses of these layers, other activations, weights that several modules share, and
-    parametrized weights. ``q.quantization`` (a ``Quantization``) lists all of it, and ``verbose`` prints the list.
+    Everything else stays float: subclasses of these layers, other activations, weights that several modules share,
+    parametrized weights, and ReLU that the model calls as a function (this is warned of). ``q.quantization`` (a ``Quantization``) lists all of it, and ``verbose`` prints the list.
 
     ``quantizer`` and ``act_quantizer`` (by default the same) are names, or results of ``registry.quantizer(name,
     **options)``. Bit-widths are 2, 3, 4, 5, 6, 8 or 32, which means float. ``first_last_bits`` is the bit-width of the
@@ -69,6 +70,7 @@ def quantize_model(
     ):
         check_bits(bits, f"quantize_model, {name}")
     _check_is_float(model)
+    calls = find_function_calls(model) if act_bits < 32 else FunctionCalls()
     q = copy.deepcopy(model)
     scheme = Scheme(
         weights=_family(quantizer),
@@ -80,9 +82,10 @@ def quantize_model(
     )
     stays_float = _convert_layers(q, scheme)
     set_layer_bits(q, scheme, layer_bits or {})
-    q.quantization = describe(q, stays_float)
+    q.quantization = describe(q, stays_float, calls)
     q.register_load_state_dict_post_hook(calibrate_at_first_forward)
     calibrate_at_first_forward(q)
+    warn_of_functions(q, calls)
     if verbose:
         print(q.quantization)
     return q

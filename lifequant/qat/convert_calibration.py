@@ -74,7 +74,7 @@ def _calibrate_on_calls(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> in
             handle.remove()
     if count:
         layers = [name for name, m in q.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)]
-        add_findings(q.quantization, layers, observer.float_inputs, observer.uses, observer.reached)
+        add_findings(q, layers, observer.float_inputs, observer.uses, observer.reached)
     return count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from lifequant.qat.convert_functions import FunctionCalls
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU
 from lifequant.quantizers.base import FakeQuant
 
-MAX_NAMES = 4  # names on a line
+MAX_NAMES = 4  # names in a group
+WIDTH = 80  # columns of the report
 
 
 @dataclass
@@ -21,19 +24,25 @@ class Quantization:
 
     swapped: dict[str, str]  # {quantized layer: "Conv2d, 4-bit weights (proxq)"}
     left: dict[str, str]  # {module that stays float: reason}
+    behind_functions: list[str] = field(default_factory=list)  # layers whose input is a ReLU called as a function
     float_inputs: list[str] = field(default_factory=list)  # layers whose input no quantizer gave, with the first layer
     shared: dict[str, int] = field(default_factory=dict)  # {ReLU that runs several times in a pass: how often}
     unreached: list[str] = field(default_factory=list)  # layers that no pass reached; their scales are not set
 
     def __str__(self) -> str:
-        rows = [(len(names), text, names) for text, names in _grouped(self.swapped)]
-        rows += [(len(names), f"left: {why}", names) for why, names in _grouped(self.left)]
+        """A line for each group of modules, wrapped at 80 columns: how many, what, and their names."""
         uses = {name: f"runs {n} times in a pass, with one scale" for name, n in self.shared.items()}
-        rows += [(len(names), text, names) for text, names in _grouped(uses)]
-        for text, names in (("float input", self.float_inputs), ("not reached, not calibrated", self.unreached)):
-            rows += [(len(names), text, names)] * bool(names)
-        width = max((len(text) for _, text, _ in rows), default=0)
-        return "\n".join(f"{count:>4}  {text:<{width}}  {_shortened(names)}" for count, text, names in rows)
+        rows = _grouped(self.swapped)
+        rows += [(f"left: {why}", names) for why, names in _grouped(self.left)]
+        rows += _grouped(uses)
+        rows += [("float input, behind a ReLU called as a function", self.behind_functions)]
+        rows += [("float input", self.float_inputs), ("not reached, not calibrated", self.unreached)]
+        return "\n".join(_row(len(names), text, names) for text, names in rows if names)
+
+
+def _row(count: int, text: str, names: list[str]) -> str:
+    line = f"{count:>4}  {text}: {_shortened(names)}"
+    return textwrap.fill(line, WIDTH, subsequent_indent=6 * " ", break_on_hyphens=False)
 
 
 def _grouped(texts: Mapping[str, str]) -> list[tuple[str, list[str]]]:
@@ -70,9 +79,13 @@ def why_float(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> 
     return f"{kind}, an activation" if type(module).__module__ == "torch.nn.modules.activation" else ""
 
 
-def describe(q: nn.Module, stays_float: Mapping[str, str]) -> Quantization:
+def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls) -> Quantization:
     """The report of a quantized model; ``stays_float`` is {module: reason}."""
     found = Quantization({}, dict(stays_float))
+    for name, count in calls.callers.items():
+        times = f" {count} times" if count > 1 else ""
+        found.left.setdefault(name, f"{type(q.get_submodule(name)).__name__}, calls ReLU as a function{times}")
+    found.behind_functions = [n for n, m in q.named_modules() if n in calls.behind and _has_weights(m)]
     for name, module in q.named_modules():
         if isinstance(module, QuantConv2d | QuantLinear):
             quant, quantity = module.weight_quant, "weights"
@@ -89,18 +102,38 @@ def describe(q: nn.Module, stays_float: Mapping[str, str]) -> Quantization:
     return found
 
 
+def _has_weights(module: nn.Module) -> bool:
+    return isinstance(module, QuantConv2d | QuantLinear)
+
+
+def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
+    """Warn of layers whose input stays float because the model calls ReLU as a function."""
+    report: Quantization = q.quantization
+    if not report.behind_functions:
+        return
+    callers = list(dict.fromkeys(report.left[name].split(",")[0] for name in calls.callers))
+    warnings.warn(
+        f"quantize_model: ReLU is called as a function (F.relu, torch.relu or x.relu()) in {_shortened(callers)}, where no "
+        f"quantizer can be put: the inputs of {len(report.behind_functions)} of {sum(map(_has_weights, q.modules()))} Conv2d and Linear layers stay float "
+        f"({_shortened(report.behind_functions)}). Make an nn.ReLU() in __init__ for each place, call it there, and quantize "
+        "again",
+        stacklevel=3,
+    )
+
+
 def add_findings(
-    report: Quantization, layers: list[str], float_inputs: set[str], uses: Mapping[str, int], reached: set[str]
+    q: nn.Module, layers: list[str], float_inputs: set[str], uses: Mapping[str, int], reached: set[str]
 ) -> None:
-    """Add what a calibration found to the report, and warn of it if it is new."""
+    """Add what a calibration found to the report of ``q``, and warn of it if it is new."""
+    report: Quantization = q.quantization
     former = report.float_inputs, report.unreached
     report.float_inputs = [name for name in layers if name in float_inputs]
     report.unreached = [name for name in layers if name not in reached]
     report.shared = {name: uses[name] for name in layers if uses[name] > 1}
     lines = []
     if report.float_inputs:
-        names = _shortened(report.float_inputs)
-        lines.append(f"{len(float_inputs)} layers have an input that no quantizer gave: {names}")
+        of = f"{len(float_inputs)} of {sum(map(_has_weights, q.modules()))}"
+        lines.append(f"{of} layers have an input that no quantizer gave: {_shortened(report.float_inputs)}")
     if report.unreached:
         lines.append(f"{len(report.unreached)} layers were not reached: {_shortened(report.unreached)}")
     if lines and former != (report.float_inputs, report.unreached):

@@ -158,9 +158,8 @@ def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tu
         fitting = [m for n, m in layers.items() if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
         if not fitting:
             blocks = {name.rsplit(".", cut)[0] for name in layers for cut in range(name.count(".") + 1)}
-            raise UserError(
-                f"layer_bits: no quantized layer's name fits {pattern!r}{closest(pattern.removesuffix('.*'), blocks)}"
-            )
+            near = closest(pattern.removesuffix(".*"), blocks) or f" (there are {', '.join(sorted(blocks)[:5])}, ...)"
+            raise UserError(f"layer_bits: no quantized layer's name fits {pattern!r}{near}")
         for layer in fitting:
             _set_bits(layer, scheme, *widths)
     device = next((p.device for p in model.parameters()), None)

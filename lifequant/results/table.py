@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any
+
+WIDTH = 80  # columns of a terminal
+CLASS_IL, TASK_IL = "Class-IL", "Task-IL"
+SCENARIOS = (  # the scenarios of continual learning, van de Ven et al. 2022
+    f"{CLASS_IL}: class-incremental, the network chooses among all classes",
+    f"{TASK_IL}: task-incremental (task-masked), it chooses among the task's own classes",
+)
+TRANSFER = (
+    "forgetting: points lost since a task was best; its rate: in percent of that best",
+    "BWT: backward transfer, points gained or lost since a task was learned",
+    "FWT: forward transfer, points above a random network before a task is learned",
+)
 
 
 def not_b_bit(results: dict[str, Any]) -> str:
@@ -11,32 +25,62 @@ def not_b_bit(results: dict[str, Any]) -> str:
     return f"{results['config']['quantizer']} gives up to {max(over)} codes a tensor" if over else ""
 
 
-def table(results: dict[str, Any]) -> str:
-    """The accuracy matrix with its averages, readable at 80 columns: at most the first 7 and the last task's columns."""
-    matrix, tasks = results["top1"], results["tasks"]
-    shown = list(range(len(tasks))) if len(tasks) <= 8 else [*range(7), len(tasks) - 1]
-    lines = ["top-1 (%)     " + "".join(f"{'test ' + str(tasks[i]['id']):>8}" for i in shown)]
-    for row, values in enumerate(matrix):
-        name = f"after task {tasks[row]['id']}" if len(matrix) == len(tasks) else "after all tasks"
-        lines.append(f"{name:<15.15}"[:14] + "".join(f"{values[i]:8.2f}" for i in shown))
+def task_il(results: dict[str, Any]) -> float:
+    """The task-incremental accuracy in percent: the mean of the last row of ``top1_masked``."""
     masked = results["top1_masked"][-1]
-    lines.append(f"{'task-masked':<14}" + "".join(f"{masked[i]:8.2f}" for i in shown))
-    if len(shown) < len(tasks):
-        lines.append(f"({len(tasks) - len(shown)} columns are not shown; results.json has all)")
+    return sum(masked) / len(masked)
 
-    def line(*names: str) -> str:
-        values = ((name, results[name.replace(" ", "_")]) for name in names)
-        return "   ".join(f"{name} {'-' if v is None else format(v, '.2f')}" for name, v in values)
 
-    memory = "  ".join(f"{name} {size / 1000:.0f}" for name, size in results["memory_bytes"].items() if size)
+def wrapped(text: str) -> str:
+    """``text`` in lines of at most WIDTH columns."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The accuracy matrix with its averages, at most 80 columns: the first tasks' columns that fit, and the last one's."""
+    figures = [
+        _pairs(
+            (f"average accuracy ({CLASS_IL})", results["average_accuracy"]),
+            ("weighted by test images", results["average_accuracy_weighted"]),
+        ),
+        _pairs((f"average task-masked accuracy ({TASK_IL})", task_il(results))),
+        _pairs(
+            ("forgetting", results["forgetting"]),
+            ("forgetting rate", results["forgetting_rate"]),
+            ("BWT", results["bwt"]),
+            ("FWT", results["fwt"]),
+        ),
+        "memory (kB): "
+        + "  ".join(f"{name} {size / 1000:.0f}" for name, size in results["memory_bytes"].items() if size),
+    ]
+    if exceeding := not_b_bit(results):
+        figures.append(f"not {results['config']['bitW']}-bit: {exceeding}")
+    explained = SCENARIOS if results["forgetting"] is None else (*SCENARIOS, *TRANSFER)
+    return "\n".join([*_matrix(results), *map(wrapped, (*figures, *explained))])
+
+
+def _pairs(*pairs: tuple[str, float | None]) -> str:
+    return "   ".join(f"{name} {'-' if value is None else format(value, '.2f')}" for name, value in pairs)
+
+
+def _matrix(results: dict[str, Any]) -> list[str]:
+    """A row for each trained task, and what the last model is by other measures."""
+    matrix, ids = results["top1"], [task["id"] for task in results["tasks"]]
+    names = [f"after task {id}" for id in ids] if len(matrix) == len(ids) else ["after all tasks"]
+    rows = [*zip(names, matrix, strict=True), ("task-masked", results["top1_masked"][-1])]
     if results["average_accuracy_nme"] is not None:
-        lines.append(f"{'by exemplars':<14}" + "".join(f"{results['top1_nme'][-1][i]:8.2f}" for i in shown))
-    return "\n".join(
-        [
-            *lines,
-            line("average accuracy", "average accuracy weighted"),
-            line("forgetting", "forgetting rate", "bwt", "fwt"),
-            f"memory (kB): {memory}",
-            *([f"not {results['config']['bitW']}-bit: {exceeding}"] if (exceeding := not_b_bit(results)) else []),
-        ]
-    )
+        rows.append(("by exemplars", results["top1_nme"][-1]))
+    first = max(14, *(len(name) for name in names))
+    heads = [f"test {id}" for id in ids]
+    width = max(8, *(len(head) + 1 for head in heads))
+    shown = _shown(len(ids), (WIDTH - first) // width)
+    lines = [f"{'top-1 (%)':<{first}}" + "".join(f"{heads[i]:>{width}}" for i in shown)]
+    lines += [f"{name:<{first}}" + "".join(f"{values[i]:{width}.2f}" for i in shown) for name, values in rows]
+    if len(shown) < len(ids):
+        lines.append(f"({len(ids) - len(shown)} columns are not shown; results.json has all)")
+    return lines
+
+
+def _shown(columns: int, room: int) -> Sequence[int]:
+    """Indices of the columns that are shown: all, or the first ones and the last one."""
+    return range(columns) if columns <= room else [*range(room - 1), columns - 1]

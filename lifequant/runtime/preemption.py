@@ -32,16 +32,17 @@ class Stopped(BaseException):
 _number = 0  # of the first signal
 _polled = False  # whether the loop over steps is running, which asks for it
 _raised = False
+_command = ""  # that goes on with the run
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Inside, the signals are handled. Only the main thread can do that."""
-    global _number, _raised
+def handled(command: str = "") -> Iterator[None]:
+    """Inside, the signals are handled; ``command`` goes on with the run. Only the main thread can do that."""
+    global _number, _raised, _command
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _number, _raised = 0, False
+    _number, _raised, _command = 0, False, command
     former = {number: signal.signal(number, _arrived) for number in CODES}
     if hasattr(signal, "SIGALRM"):
         former[signal.SIGALRM] = signal.signal(signal.SIGALRM, _too_long)
@@ -102,7 +103,7 @@ def _raise(saved: bool) -> None:
 
 def _leave(why: str) -> None:
     """End the process at once, with one line."""
-    text = f"\nlifequant: {signal.Signals(_number).name} {why}: ended at once; the last checkpoint stands\n"
+    text = f"\nlifequant: {signal.Signals(_number).name} {why}: ended at once; the last checkpoint stands{_then()}\n"
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
     os._exit(CODES[_number])
 
@@ -112,21 +113,23 @@ def _alarm(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def _then() -> str:
+    return f"; go on with: {_command}" if _command else ""
+
+
 def ending(stopped: Stopped, resumes: bool) -> tuple[int, str]:
     """(exit code, message). After SIGUSR1 a Slurm job is queued again if its command line ``resumes``."""
     name, code = stopped.number.name, CODES[stopped.number]
     done = "the state is written" if stopped.saved else "the last checkpoint stands"
-    text = f"stopped by {name}; {done}: go on with --resume True"
+    text = f"stopped by {name}; {done}"
     job = os.environ.get("SLURM_JOB_ID")
     if name != "SIGUSR1" or not job:
-        return code, text
+        return code, text + _then()
     if not resumes:
-        return (
-            code,
-            f"{text} (job {job} was not requeued: its command line has no --resume True, so it would be refused)",
-        )
+        why = f"job {job} was not requeued: its command line has no --resume, so it would be refused"
+        return code, f"{text} ({why}){_then()}"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError) as error:
-        return code, f"{text} (job {job} could not be requeued: {error})"
-    return 0, f"stopped by {name}; {done}, and job {job} was requeued"
+        return code, f"{text} (job {job} could not be requeued: {error}){_then()}"
+    return 0, f"{text}, and job {job} was requeued"

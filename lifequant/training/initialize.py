@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import torch
 
 from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.common.commands import command
 from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.evaluation.evaluate import evaluate
@@ -57,15 +57,20 @@ def prepare(run: Run) -> None:
 
 
 def find_source(config: Config) -> Path:
-    """The source model's file. Raises UserError with the command that makes it."""
+    """The source model's file; of a run's folder its model_best.pt. Raises UserError with the command that makes one."""
     path = Path(config.source_dir) / config.source_file
     found = checkpoint.find_model(path)
+    if found is None and path.is_dir():
+        raise UserError(
+            f"--source_file {path}: this folder has no model_best.pt, which a run writes at its end; give a run's folder, "
+            "or the file of a model"
+        )
     if found is None:
         folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-        words = ["python", "main.py", "--csv_dir", config.csv_dir]
+        words = ["--csv_dir", config.csv_dir]
         for name in ("data_dir", "dataset", "num_classes", "image_size", "target_model", "shortcut"):
             if (value := getattr(config, name)) != getattr(Config, name):
                 words += [f"--{name}", str(value)]
         words += ["--method", "original", "--bitW", "32", "--num_tasks", "1", "--job_dir", str(folder)]
-        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {shlex.join(words)}")
+        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {command('train', *words)}")
     return found

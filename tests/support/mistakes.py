@@ -1,7 +1,7 @@
 """tests/support/mistakes.md: sessions of a terminal, run as they stand there. ``python tests/support/mistakes.py`` writes the answers anew.
 
 A block is a new folder with images/ and the task CSVs csvs/ of two tasks. A line ``$ python <program> ...`` is run through that
-program's own main, any other ``$`` line by a shell; below a program's line stands what it says on stderr, with <here> for
+program's own main, ``$ lifequant ...`` by the command line's, any other ``$`` line by a shell; below a program's line stands what it says on stderr, with <here> for
 the folder of the block and <lifequant> for the clone.
 """
 
@@ -14,10 +14,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-from lifequant.__main__ import train
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as pytest does
+
+from lifequant.__main__ import command, train
 from lifequant.common.arguments import run_main
 from lifequant.common.files import TOP
 from lifequant.data.create.images import main_prepare
@@ -26,11 +29,11 @@ from lifequant.data.create.tasks import main_tasks
 from support.tiny import Tiny, write_csvs, write_images
 
 PAGE = Path(__file__).with_name("mistakes.md")
-PROGRAMS = {
-    "main.py": train,
-    "lifeLongDataGeneator.py": main_tasks,
-    "replayDataGenerator.py": main_replay,
-    "prepare_images.py": main_prepare,
+PROGRAMS = {  # the script that is run, and its main
+    "main.py": ("resnet-20-cifar-10", train),
+    "lifeLongDataGeneator.py": ("lifelong_data_generation", main_tasks),
+    "replayDataGenerator.py": ("lifelong_data_generation", main_replay),
+    "prepare_images.py": ("lifelong_data_generation", main_prepare),
 }
 BLOCK = re.compile(r"```console\n(.*?)```", re.S)
 
@@ -45,22 +48,28 @@ def play(block: str, tiny: Tiny, folder: Path) -> tuple[str, list[int]]:
     shutil.copytree(tiny.images, folder / "images")
     shutil.copytree(tiny.csvs, folder / "csvs")
     lines, codes = [], []
-    before = Path.cwd()
+    before, typed = Path.cwd(), sys.argv
     os.chdir(folder)
     try:
         for line in (line for line in block.splitlines() if line.startswith("$ ")):
             lines.append(line)
-            words = shlex.split(line[2:]) if line.startswith("$ python ") else []
-            if not words:
+            first, *words = shlex.split(line[2:]) if line.startswith(("$ python ", "$ lifequant ")) else [""]
+            if not first:
                 subprocess.run(["bash", "-c", line[2:]], check=True, stdin=subprocess.DEVNULL)
                 continue
-            said = io.StringIO()
+            called, main = "lifequant", command
+            if first == "python":
+                script, *words = words
+                place, main = PROGRAMS[script]
+                called = str(TOP / place / script)
+            said, sys.argv = io.StringIO(), [called, *words]
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                codes.append(run_main(PROGRAMS[words[1]], words[2:]))
+                codes.append(run_main(main, words))
             text = said.getvalue().replace(str(folder), "<here>").replace(os.path.relpath(TOP), "lifequant")
             lines.append(text.replace(str(TOP), "<lifequant>").rstrip("\n"))
     finally:
         os.chdir(before)
+        sys.argv = typed
     return "\n".join(lines) + "\n", codes
 
 

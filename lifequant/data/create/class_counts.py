@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lifequant.common.arguments import Parser, int_at_least
+from lifequant.common.commands import command
 from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
 from lifequant.data.task_csv import choose_prefix, choose_tasks, csv_name, read_rows
@@ -26,7 +27,7 @@ def main_counts(argv: Sequence[str]) -> int:
     parser.add_argument("--num_tasks", type=int_at_least(1), help="tasks to count (default: all)")
     args = parser.parse_args(argv)
 
-    folder = find_folder(args.data_dir, "--data_dir", "give the folder that lifeLongDataGeneator.py wrote")
+    folder = find_folder(args.data_dir, "--data_dir", f"give the folder that this wrote: {command('tasks')}")
     prefix = choose_prefix(folder, args.data_csv)
     num_tasks = choose_tasks(folder, prefix, args.num_tasks)
     counts = [Counter(label for _, label in read_rows(folder / csv_name(prefix, "train", t))) for t in range(num_tasks)]

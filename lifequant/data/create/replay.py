@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lifequant.common.arguments import Parser, int_at_least, share
+from lifequant.common.commands import command
 from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
 from lifequant.data import dataset_json
@@ -27,7 +28,7 @@ def main_replay(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the choice among images")
     args = parser.parse_args(argv)
 
-    folder = find_folder(args.data_dir, "--data_dir", "give the folder that lifeLongDataGeneator.py wrote")
+    folder = find_folder(args.data_dir, "--data_dir", f"give the folder that this wrote: {command('tasks')}")
     prefix = choose_prefix(folder, args.data_csv)
     num_tasks = choose_tasks(folder, prefix, args.num_tasks)
     print(f"task CSVs: {one_line(folder / prefix)}_train0.csv to {num_tasks - 1}")

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lifequant.common.arguments import Parser, int_at_least, real, share
+from lifequant.common.commands import command, prepare_command
 from lifequant.common.errors import UserError, closest, one_line
-from lifequant.common.files import checked_name, find_folder, prepare_command, write_all
+from lifequant.common.files import checked_name, find_folder, write_all
 from lifequant.data import dataset_json
 from lifequant.data.split import class_tasks, long_tail, lowest, share_of_each
 from lifequant.data.task_csv import Rows, csv_name, csv_text, task_numbers
@@ -253,6 +254,6 @@ def remove_stale(folder: Path, prefix: str, source: str, num_tasks: int) -> list
 
 def outdated(folder: Path, prefix: str, record: dataset_json.Record) -> list[str]:
     """A note on each kind of CSV in ``folder`` that the record no longer answers for: its settings may be others."""
-    remedy = {"train": "--source train", "test": "--source test", "replay": "replayDataGenerator.py"}
+    remedy = {"train": "--source train", "test": "--source test", "replay": command("replay")}
     lost = [s for s in remedy if s not in record["counts"] and task_numbers(folder, prefix, s)]
     return [f"the {s} CSVs here may have been made with other settings: make them again ({remedy[s]})" for s in lost]

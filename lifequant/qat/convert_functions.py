@@ -1,0 +1,133 @@
+"""Find where a model calls ReLU as a function. No module stands there, so ``quantize_model`` can put no quantizer there.
+
+``torch.fx`` traces a copy of the model that has no weights. Its trace shows every call, and which layers take the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import io
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+RELU = {F.relu, F.relu6, torch.relu, torch.relu_}
+RELU_METHODS = {"relu", "relu_"}
+# What gives values of its input, and no others but zero.
+KEEPING = {
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.dropout, F.dropout2d,
+    torch.max_pool2d, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.cat, torch.concat, torch.stack,
+    torch.chunk, torch.split, operator.getitem,
+}  # fmt: skip
+KEEPING_METHODS = {
+    "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split",
+}  # fmt: skip
+KEEPING_MODULES = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout1d,
+    nn.Dropout2d, nn.Flatten, nn.Identity, nn.ChannelShuffle, nn.PixelShuffle,
+)  # fmt: skip
+CALLED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)  # a trace does not look into these, nor into their subclasses
+
+
+@dataclass
+class FunctionCalls:
+    """Calls of ReLU as a function. Names are those of named_modules()."""
+
+    callers: Counter[str] = field(default_factory=Counter)  # {module whose forward calls: how often}
+    behind: list[str] = field(default_factory=list)  # modules that take what such a call gave
+
+
+def find_function_calls(model: nn.Module) -> FunctionCalls:
+    """Calls of ReLU as a function in ``model``, which does not change. Those of a model that can't be traced are not found."""
+    found = FunctionCalls()
+    for name, module in model.named_modules():
+        is_transformer = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        if is_transformer and module.activation in (F.relu, torch.relu):
+            found.callers[name] += 1
+            found.behind.append(f"{name}.linear2".lstrip("."))
+    try:
+        with _aside():
+            skeleton = _without_weights(model).train()
+            given = inspect.signature(skeleton.forward).parameters.values()
+            defaults = {p.name: p.default for p in given if p.default is not p.empty}
+            graph = _Tracer().trace(skeleton, concrete_args=defaults)
+    except Exception:  # a model may do anything in its forward; calibrate() finds its float inputs
+        return found
+    modules = dict(skeleton.named_modules())
+    values = _Values(modules)
+    for node in graph.nodes:
+        if _is_relu(node):
+            *_, (caller, _) = [("", None), *node.meta.get("nn_module_stack", {}).values()]
+            found.callers[caller] += 1
+        elif node.op == "call_module" and any(map(values.of_function, node.all_input_nodes)):
+            found.behind.append(node.target)
+    return found
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, CALLED) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Inside, the model's forward prints nothing, warns of nothing and draws from no random number generator for good."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no values, and no hooks: what it does leaves ``model`` alone."""
+    memo: dict[int, object] = {}
+    for t in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(t, device="meta")
+        memo[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return skeleton
+
+
+class _Values:
+    """Where the values of a traced graph's nodes come from."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+
+    @functools.cache  # noqa: B019  (a graph's walk is short-lived)
+    def of_function(self, node: fx.Node) -> bool:
+        """Whether some of them are what a ReLU function gave, and no quantizer gave them before."""
+        if _is_relu(node):
+            return not self.of_module(node)
+        return self._keeps(node) and any(map(self.of_function, node.all_input_nodes))
+
+    @functools.cache  # noqa: B019
+    def of_module(self, node: fx.Node) -> bool:
+        """Whether all of them are what an nn.ReLU gave, which becomes a quantizer."""
+        if node.op == "call_module" and type(self.modules[node.target]) in (nn.ReLU, nn.ReLU6):
+            return True
+        inputs = node.all_input_nodes
+        return bool(inputs) and (self._keeps(node) or _is_relu(node)) and all(map(self.of_module, inputs))
+
+    def _keeps(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.modules[node.target], KEEPING_MODULES)
+        return node.target in (KEEPING if node.op == "call_function" else KEEPING_METHODS)
+
+
+def _is_relu(node: fx.Node) -> bool:
+    return (node.op == "call_function" and node.target in RELU) or (
+        node.op == "call_method" and node.target in RELU_METHODS
+    )
