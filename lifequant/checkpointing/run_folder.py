@@ -226,9 +226,10 @@ def fork(config: Config, data_key: list[str]) -> dict[str, Any]:
     run = Path(config.from_run)
     path = task_file(run, config.start_task - 1)
     if not path.is_file():
+        there = path.with_name(checkpoint.LAST).is_file()
+        hint = ": a run with --keep_checkpoints last does not keep it; tasks, the default, does" if there else ""
         raise UserError(
-            f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1} (a run with "
-            "--keep_checkpoints last does not keep it)"
+            f"--from {run}: no {path.relative_to(run)}, the state at the end of task {config.start_task - 1}{hint}"
         )
     state = checkpoint.read(path, "run")
     if why := fork_conflict(config, state["config"]):

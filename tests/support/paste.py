@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ def few_images(*_: Any) -> tuple:
 
 def serve(pipes: Path) -> None:
     """Answer commands until one names nothing."""
-    from lifequant.data.create import images
-
+    for name in ("torch._dynamo", "lifequant.progressive_bits"):  # the first is what an optimizer imports
+        import_module(name)  # seconds that are spent once
+    images = import_module("lifequant.data.create.images")
     images.read_cifar = few_images
     print("ready", flush=True)
     os.dup2(2, 1)  # what commands print goes to the log
