@@ -70,23 +70,31 @@ class Estimate:
         fixed = startup + compilation if wall is None or wall < steps else wall - steps
         self.taken.append(Taken(run, fixed, steps, own, here))
 
-    def seconds(self, run: Run) -> float:
-        """Of a run from its beginning to its end: by runs of its row, else of its method and bits, else of all."""
-        own = self.work[run.folder][1]
+    def like(self, run: Run) -> tuple[list[Taken], bool]:
+        """(finished runs of its row, else of its method and bits, else all; whether they are more than just all)."""
         here = [taken for taken in self.taken if taken.here] or self.taken
-        for alike in (lambda r: r.name.rsplit("/", 1)[0], lambda r: (r.flags.get("method"), r.flags.get("bitW")), bool):
-            found = [taken for taken in here if alike(taken.run) == alike(run)]
-            if found:
-                pace = sum(taken.steps for taken in found) / sum(taken.work for taken in found)
-                return statistics.median(taken.fixed for taken in found) + pace * own
-        return START + own / self.guess
+        for alike in (lambda r: r.name.rsplit("/", 1)[0], lambda r: (r.flags.get("method"), r.flags.get("bitW"))):
+            if found := [taken for taken in here if alike(taken.run) == alike(run)]:
+                return found, True
+        return here, False
+
+    def seconds(self, run: Run) -> float:
+        """Of a run from its beginning to its end."""
+        found, own = self.like(run)[0], self.work[run.folder][1]
+        if not found:
+            return START + own / self.guess
+        pace = sum(taken.steps for taken in found) / sum(taken.work for taken in found)
+        return statistics.median(taken.fixed for taken in found) + pace * own
 
     def left(self, waiting: Sequence[Run], going: Sequence[tuple[Run, float]], slots: int) -> float:
         """Seconds until all runs have ended, ``slots`` at a time; ``going`` has those under way, with their seconds so far."""
-        late = 1.0  # if nothing has finished and runs take longer than guessed, all will
-        if not self.taken:
-            late = max([late, *(done / self.seconds(run) for run, done in going)])
-        ends = {run.folder: max(late * self.seconds(run) - done, 0.0) for run, done in going}
+        # While none like it has finished, a run is taken to need as much longer as those under way need by now.
+        late = max([1.0, *(done / self.seconds(run) for run, done in going if not self.like(run)[1])])
+        whole = {
+            run.folder: self.seconds(run) * (1.0 if self.like(run)[1] else late)
+            for run in [*waiting, *(run for run, _ in going)]
+        }
+        ends = {run.folder: max(whole[run.folder] - done, 0.0) for run, done in going}
         free, waiting = [*ends.values(), *[0.0] * (slots - len(ends))], list(waiting)
         heapq.heapify(free)
         unknown = {run.folder: float("inf") for run in waiting}
@@ -95,7 +103,7 @@ class Estimate:
             ready = (run for run in waiting if all({**unknown, **ends}.get(f, 0.0) <= now for f in run.after))
             if run := next(ready, None):
                 waiting.remove(run)
-                ends[run.folder] = now + late * self.seconds(run)
+                ends[run.folder] = now + whole[run.folder]
                 heapq.heappush(free, ends[run.folder])
             else:  # all that is left begins from a run that is still under way
                 heapq.heappush(free, min(end for end in ends.values() if end > now))

@@ -19,7 +19,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX*<>"
 LINES, MATRICES, BARS, POINTS = 10, 12, 4, 40  # rows a picture has room for
 TITLE = 26  # letters of a line above a matrix
-BAR = {"elinewidth": 0.9, "capsize": 0}
+BAR = {"elinewidth": 0.9, "capsize": 2}
 
 
 def kilobytes(row: Row) -> Series | None:
@@ -91,7 +91,7 @@ class Painter:
             axis.set_xlabel("tested on task", fontsize=NORMAL)
         for axis in axes[:, 0]:
             axis.set_ylabel("after task", fontsize=NORMAL)
-        bar = figure.colorbar(shown, ax=axes, shrink=0.8, pad=0.02)
+        bar = figure.colorbar(shown, ax=axes, shrink=0.8 if lines > 1 else 1.0, pad=0.02)
         bar.set_label("top-1 accuracy (%)", fontsize=NORMAL)
         bar.ax.tick_params(labelsize=SMALL)
         return figure

@@ -197,7 +197,8 @@ class Sweep:
         """Show the time left and the failures behind the progress bar."""
         self.told = time.monotonic()
         failed = sum(self.failure(run) is not None for run in self.runs)
-        left = [f"about {duration(self.left())} left"] if self.waiting or self.going else []
+        guess = "" if self.times else " (a guess until a run has finished)"
+        left = [f"about {duration(self.left())} left{guess}"] if self.waiting or self.going else []
         bar.set_postfix_str(", ".join([*left, *[f"{failed} failed"] * bool(failed)]))
 
     def ended(self, run: Run, code: int, bar: tqdm) -> None:
