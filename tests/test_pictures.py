@@ -13,7 +13,7 @@ from lifequant.experiments import matrices, pictures, rows
 pytest.importorskip("matplotlib", reason="matplotlib is missing (extra plot)")
 from matplotlib.text import Text
 
-EDGE = 3  # pixels that stay free
+EDGE = 8  # pixels that stay free
 
 
 def runs(label: str, accuracies: list[float], **config) -> list[rows.Run]:
