@@ -201,7 +201,7 @@ class Config:
         None, QUANT, "start from --source_file (default: True if that is given)", free=True
     )
     source_dir: str = flag("", QUANT, "folder that contains --source_file", path=True)
-    source_file: str | None = flag(None, QUANT, "model to start from", path=True)
+    source_file: str | None = flag(None, QUANT, "model to start from: its file, or a run's folder", path=True)
 
     num_epochs: int = flag(50, TRAIN, "number of epochs for each task", type=int_at_least(1))
     train_batch_size: int = flag(128, TRAIN, "images in a training step", type=int_at_least(2))
@@ -230,7 +230,9 @@ class Config:
     from_run: str | None = flag(
         None, RUN, "folder of the run that --start_task takes its state from", "--from", path=True
     )
-    test_only: bool = switch(False, RUN, "only evaluate the model in job_dir, or --source_file", free=True)
+    test_only: bool = switch(
+        False, RUN, "only evaluate the model of job_dir or --source_file, with its run's settings", free=True
+    )
     device: str = flag(
         "auto", RUN, "where to train; auto takes the GPU if there is one", choices=["auto", "cpu", "cuda"], free=True
     )

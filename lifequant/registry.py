@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-import textwrap
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
 from lifequant import presets
 from lifequant.common.errors import UserError, closest
+from lifequant.common.text import wrapped
 
 _PACKAGES = {
     "method": "lifequant.methods",
@@ -29,7 +29,6 @@ _PACKAGES = {
     "model": "lifequant.models",
 }
 ALIASES = {"method": {"lifequant": "ours", "finetune": "original"}}  # other names, for what a user types
-WIDTH = 80  # columns of describe()
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _PACKAGES}
 _loaded: set[str] = set()
 
@@ -144,7 +143,7 @@ def _aliases(kind: str, name: str) -> str:
 
 
 def _entry(name: str, text: str) -> str:
-    return textwrap.fill(f"{name:<18} {text}", WIDTH, subsequent_indent=19 * " ", break_on_hyphens=False)
+    return wrapped(f"{name:<18} {text}", indent=19)
 
 
 def _first_line(thing: Any) -> str:

@@ -21,6 +21,7 @@ from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
 from lifequant.common.seeding import generator
+from lifequant.common.text import duration
 from lifequant.config import Config
 from lifequant.data.dataset import load_dataset
 from lifequant.data.replay import epoch_order
@@ -255,7 +256,5 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             found = results.finish(this)
             run_folder.finish(config, num_tasks)
         distributed.barrier()  # what a next run begins from is there
-        log.say(
-            f"finished in {progress.duration(time.perf_counter() - began)}; results.json and model_best.pt are in {folder}"
-        )
+        log.say(f"finished in {duration(time.perf_counter() - began)}; results.json and model_best.pt are in {folder}")
         return found

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from lifequant.experiments import estimate, grid, sweep
+from lifequant.experiments import grid, sweep
 
 FIXED, FLOAT = 9.0, 1 / 30  # seconds of a run before its steps, and of an image in a float network
 PACE = {"original": 1.5, "ours": 2.1, "ewc": 1.7}  # an image in a quantized network, in units of a float network's
@@ -123,8 +123,3 @@ def test_time_left(images, tmp_path, monkeypatch, slots, forked):
         now, left = next((now, left) for now, left, done in told if done and now >= share * clock.now)
         assert left == pytest.approx(clock.now - now, rel=0.3), share
     assert told[-1][1] == 0 and "left" not in Bar.shown[-1] and "left" in Bar.shown[-2]
-
-
-def test_in_words():
-    said = [estimate.duration(seconds) for seconds in (0.2, 20, 61, 119, 121, 3599, 5400)]
-    assert said == ["1 s", "20 s", "61 s", "119 s", "2 min", "1 h 0 min", "1 h 30 min"]

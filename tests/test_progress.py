@@ -11,9 +11,9 @@ from test_time import Hours
 
 from lifequant import options
 from lifequant import train as loop
+from lifequant.common import text
 from lifequant.common.errors import UserError
 from lifequant.results import results
-from lifequant.runtime import log
 from lifequant.training import progress
 
 
@@ -74,9 +74,9 @@ def test_time_left(tiny, tmp_path, monkeypatch, at_end):
         assert left == pytest.approx(end - at - ends_unknown, rel=0.05, abs=2), (task, at)
 
 
-def test_time_left_is_for_a_reader():
-    said = [progress.duration(seconds) for seconds in (0.4, 99.4, 100, 3599, 3600, 12_000)]
-    assert said == ["0 s", "99 s", "2 min", "1 h 0 min", "1 h 0 min", "3 h 20 min"]
+def test_time_is_for_a_reader():
+    said = [text.duration(seconds) for seconds in (0.4, 119.4, 120, 3599, 3600, 12_000)]
+    assert said == ["0 s", "119 s", "2 min", "1 h 0 min", "1 h 0 min", "3 h 20 min"]
 
 
 def test_expected_time_is_said_once(tiny, tmp_path, monkeypatch, capsys):
@@ -88,9 +88,11 @@ def test_expected_time_is_said_once(tiny, tmp_path, monkeypatch, capsys):
 
 def test_long_lines_are_folded():
     words = "warning: " + "word " * 40
-    folded = log.folded(words.strip())
+    folded = text.wrapped(words.strip())
     assert max(map(len, folded.split("\n"))) <= 80 and folded.split() == words.split()
-    assert log.folded("a  table    row") == "a  table    row"
+    assert text.wrapped("a  table    row") == "a  table    row"
+    path = "/folder" * 20
+    assert path in text.wrapped(f"written to {path}", break_words=False).split()
 
 
 def test_two_flags_for_the_replay_images():

@@ -10,8 +10,9 @@ from typing import Any
 
 from lifequant.common.arguments import Parser
 from lifequant.common.errors import one_line
+from lifequant.common.text import wrapped
 from lifequant.experiments.result_files import read_all
-from lifequant.results.table import CLASS_IL, TASK_IL, not_b_bit, task_il, wrapped
+from lifequant.results.table import CLASS_IL, TASK_IL, not_b_bit, task_il
 
 MEMORY = ("packed_model", "replay", "importance", "reference")  # the rest is "other"
 LEGEND = """\

@@ -113,10 +113,3 @@ class Estimate:
 def spent(results: dict[str, Any]) -> float:
     """Seconds that a run took, with its start."""
     return results["seconds"] + results["time_share"]["startup_seconds"]
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -18,11 +18,11 @@ from typing import Any
 
 from lifequant.common.arguments import Parser
 from lifequant.common.errors import UserError, closest, one_line
+from lifequant.common.text import wrapped
 from lifequant.experiments.pictures import draw
 from lifequant.experiments.result_files import COMPACT, NEEDED, compact, results_below
 from lifequant.experiments.rows import Run, errors_that_fell, group, shift_and_forgetting, tables
 from lifequant.experiments.tables import LEGEND, code, csv_text, latex, markdown
-from lifequant.results.table import wrapped
 
 NUMBERS = ("seed", "bitW", "abitW", "num_epochs", "train_batch_size", "image_size")
 MORE = ("bwt", "quantization_error", "code_histograms", "versions")

@@ -33,8 +33,8 @@ from typing import Any
 from lifequant.common.arguments import Parser, int_at_least, real, share
 from lifequant.common.errors import UserError
 from lifequant.common.files import write_all
+from lifequant.common.text import duration
 from lifequant.experiments import result_files
-from lifequant.experiments.estimate import duration
 from lifequant.experiments.grid import read_grid, runs_of_grid
 from lifequant.experiments.sweep import Local, Sweep
 

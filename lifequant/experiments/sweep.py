@@ -31,8 +31,9 @@ from tqdm import tqdm
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.commands import command
 from lifequant.common.errors import one_line
+from lifequant.common.text import duration
 from lifequant.experiments import result_files
-from lifequant.experiments.estimate import GUESS, Estimate, duration, spent
+from lifequant.experiments.estimate import GUESS, Estimate, spent
 from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
 from lifequant.experiments.grid_tasks import write_tasks
 from lifequant.experiments.slurm import TRAIN, Slurm, python_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +9,12 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from lifequant.common.text import wrapped
 from lifequant.qat.convert_functions import FunctionCalls
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU
 from lifequant.quantizers.base import FakeQuant
 
 MAX_NAMES = 4  # names in a group
-WIDTH = 80  # columns of the report
 
 
 @dataclass
@@ -41,8 +40,7 @@ class Quantization:
 
 
 def _row(count: int, text: str, names: list[str]) -> str:
-    line = f"{count:>4}  {text}: {_shortened(names)}"
-    return textwrap.fill(line, WIDTH, subsequent_indent=6 * " ", break_on_hyphens=False)
+    return wrapped(f"{count:>4}  {text}: {_shortened(names)}", indent=6)
 
 
 def _grouped(texts: Mapping[str, str]) -> list[tuple[str, list[str]]]:

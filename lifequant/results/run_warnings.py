@@ -32,7 +32,7 @@ def warn_of(run: Run, task_index: int) -> None:
     elif run.penalty.has_penalty and task_index > 0 and masked[task_index][task_index] < 0.8 * masked[0][0]:
         once(
             run,
-            f"task {run.data.ids[task_index]} is learned to {masked[task_index][task_index]:.1f} % (task-masked) where the first was to {masked[0][0]:.1f} %: ",
+            f"task {run.data.ids[task_index]} is learned to {masked[task_index][task_index]:.1f} % (task-masked, Task-IL) where the first was to {masked[0][0]:.1f} %: ",
             "the penalty holds it down, or it is harder",
             f"; {remedy}",
         )

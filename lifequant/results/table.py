@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH = 80  # columns of a terminal
+from lifequant.common.text import WIDTH, wrapped
+
 CLASS_IL, TASK_IL = "Class-IL", "Task-IL"
 SCENARIOS = (  # the scenarios of continual learning, van de Ven et al. 2022
     f"{CLASS_IL}: class-incremental, the network chooses among all classes",
@@ -31,11 +31,6 @@ def task_il(results: dict[str, Any]) -> float:
     return sum(masked) / len(masked)
 
 
-def wrapped(text: str) -> str:
-    """``text`` in lines of at most WIDTH columns."""
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
 def table(results: dict[str, Any]) -> str:
     """The accuracy matrix with its averages, at most 80 columns: the first tasks' columns that fit, and the last one's."""
     figures = [
@@ -50,13 +45,19 @@ def table(results: dict[str, Any]) -> str:
             ("BWT", results["bwt"]),
             ("FWT", results["fwt"]),
         ),
-        "memory (kB): "
-        + "  ".join(f"{name} {size / 1000:.0f}" for name, size in results["memory_bytes"].items() if size),
+        _memory(results),
     ]
     if exceeding := not_b_bit(results):
         figures.append(f"not {results['config']['bitW']}-bit: {exceeding}")
     explained = SCENARIOS if results["forgetting"] is None else (*SCENARIOS, *TRANSFER)
     return "\n".join([*_matrix(results), *map(wrapped, (*figures, *explained))])
+
+
+def _memory(results: dict[str, Any]) -> str:
+    sizes = {name: f"{size / 1000:.0f}" for name, size in results["memory_bytes"].items() if size}
+    if images := results["tasks"][-1].get("stored_images"):
+        sizes["replay"] += f" ({images} images)"
+    return "memory (kB): " + "  ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def _pairs(*pairs: tuple[str, float | None]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import TextIO
@@ -12,16 +11,8 @@ from typing import TextIO
 from tqdm import tqdm
 
 from lifequant.common.errors import one_line
+from lifequant.common.text import wrapped
 from lifequant.runtime.tensorboard import Curves
-
-
-def folded(line: str) -> str:
-    """The line, broken at blanks where it is wider than 80 columns."""
-    return (
-        textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-        if len(line) > 80
-        else line
-    )
 
 
 class Log:
@@ -43,7 +34,7 @@ class Log:
     def say(self, text: str) -> None:
         """Write lines to the terminal, none wider than 80 columns, and to the log, as they are."""
         lines = [one_line(line) for line in text.split("\n")]
-        tqdm.write("\n".join(map(folded, lines)), file=sys.stdout)
+        tqdm.write("\n".join(wrapped(line, break_words=False) for line in lines), file=sys.stdout)
         sys.stdout.flush()
         self.note("\n".join(lines))
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from tqdm import tqdm
 
+from lifequant.common.text import WIDTH, duration
 from lifequant.config import Config
 from lifequant.data.task import Task
 from lifequant.runtime import distributed
 from lifequant.training.run import Run
 from lifequant.training.schedule import batch_size, steps_per_epoch
 
-WIDTH = 79
 KNOWN_AFTER = 5  # seconds of training steps
 AT_TASK_END = ("evaluation", "method", "head", "bn_reestimate")  # parts of the timer
 
@@ -66,7 +66,7 @@ def progress_bar(run: Run, task: Task, steps: int) -> tqdm:
         initial=run.step,
         desc=task.name,
         leave=False,
-        ncols=WIDTH,
+        ncols=WIDTH - 1,
         bar_format="{desc} |{bar}|",
         disable=distributed.rank() > 0 or None,
     )
@@ -107,11 +107,3 @@ def seconds_left(run: Run) -> float | None:
     parts = run.history["seconds_by_part"]
     at_end = sum(parts.get(name, 0.0) for name in AT_TASK_END) / run.task_index if run.task_index else 0.0
     return images / speed + at_end * (run.num_tasks - run.task_index)
-
-
-def duration(seconds: float) -> str:
-    """For a reader: "45 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
