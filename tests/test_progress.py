@@ -24,7 +24,7 @@ def test_where_there_is_no_terminal(tiny, tmp_path, capsys):
     lines = out.splitlines()
     assert err == "" and max(map(len, (line for line in lines if str(tmp_path) not in line))) <= 80
     parameters = 269_722 - 4 * 65 + 40  # He et al. 2016 for 10 classes; here are 6, and 40 scales
-    assert lines[1] == f"network   resnet20, {parameters:,} parameters"
+    assert f"network   resnet20, {parameters:,} parameters" in lines
     for task in (0, 1):
         for epoch in (1, 2):
             at = next(line for line in lines if line.startswith(f"task {task} epoch {epoch}/2"))

@@ -13,9 +13,8 @@ READINGS = 100  # of the loss over a task
 SHORTEST = {"cpu": 5, "cuda": 20}  # steps between two readings: one takes about 2 ms, and a GPU waits for it
 LONGEST = 50
 POINTS = 20  # test accuracies over a run
-SHARE = (
-    0.05  # of a run's work, what evaluations within tasks may add to it; a training step counts as three evaluations
-)
+SHARE = 0.05  # of a run's work, what evaluations within tasks may add to it
+TRAINING = 2  # the work of a training image in test images: three passes against one, but the step may be compiled
 
 
 def batch_size(config: Config, images: int) -> int:
@@ -40,7 +39,7 @@ def evaluation_interval(config: Config, tasks: int, train_images: int, test_imag
     """
     if config.eval_every:
         return config.eval_every
-    affordable = SHARE * 3 * config.num_epochs * train_images
+    affordable = SHARE * TRAINING * config.num_epochs * train_images
     for interval in range(1, config.num_epochs):
         points = tasks * -(-config.num_epochs // interval)
         if points <= POINTS and (points - tasks) * test_images <= affordable:
