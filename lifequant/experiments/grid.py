@@ -113,7 +113,7 @@ def read_grid(path: Path, rows: bool = True) -> dict[str, Any]:
     try:
         import tomllib
     except ImportError:
-        raise UserError("sweep.py reads its grid with tomllib: Python 3.11 or newer is needed") from None
+        raise UserError("a grid is read with tomllib: Python 3.11 or newer is needed") from None
     try:
         grid = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

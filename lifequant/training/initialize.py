@@ -72,5 +72,9 @@ def find_source(config: Config) -> Path:
             if (value := getattr(config, name)) != getattr(Config, name):
                 words += [f"--{name}", str(value)]
         words += ["--method", "original", "--bitW", "32", "--num_tasks", "1", "--job_dir", str(folder)]
-        raise UserError(f"--source_file {path}: no such model; this makes a 32-bit one: {command('train', *words)}")
+        made = folder / "model_best.pt"
+        then = "" if path.name == made.name else f" (then give --source_file {made})"
+        raise UserError(
+            f"--source_file {path}: no such model; this makes a 32-bit one: {command('train', *words)}{then}"
+        )
     return found
