@@ -71,8 +71,8 @@ def _model_file(config: Config) -> Path:
     job = Path(config.job_dir)
     path = checkpoint.find_model(job / "model_best.pt")
     if path is None:
-        rungs = sorted(str(found.parent) for found in job.glob("*bit/model_best.pt"))
-        hint = f" (--job_dir {rungs[-1]} has one)" if rungs else ""
+        rungs = sorted(job.glob("*bit/model_best.pt"), key=lambda file: file.stat().st_mtime)  # of --bit_schedule
+        hint = f" (--job_dir {rungs[-1].parent} has one)" if rungs else ""
         raise UserError(f"--test_only: no model_best.pt in --job_dir {job}{hint}, and no --source_file")
     return path
 
