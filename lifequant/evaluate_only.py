@@ -16,7 +16,7 @@ from lifequant.config import DATA, RUN, Config
 from lifequant.data.dataset import load_dataset
 from lifequant.evaluation.evaluate import Scores, evaluate
 from lifequant.predict import load
-from lifequant.results.table import CLASS_IL, TASK_IL
+from lifequant.results.table import CLASS_IL, TASK_IL, wrapped
 from lifequant.runtime import distributed
 from lifequant.runtime.device import pick_device
 from lifequant.training import initialize
@@ -40,10 +40,11 @@ def test(config: Config, notes: Sequence[str] = (), typed: Collection[str] | Non
         print(line)
     path = _model_file(config)
     model = load(path).to(device)
+    checkpoint.refuse_nonfinite(path, model)
     state = checkpoint.read(path, "model")
     run = {**_settings_of_run(path), **state["config"], "image_size": state["preprocessing"]["image_size"]}
     for line in _contradictions(config, run, typed):
-        print(line)
+        print(wrapped(line))
     dataset = distributed.one_first(lambda: load_dataset(_with_data_of(config, run, typed, path), device, print))
     if len(model.class_names) != dataset.num_classes:
         raise UserError(
@@ -71,8 +72,8 @@ def _model_file(config: Config) -> Path:
     job = Path(config.job_dir)
     path = checkpoint.find_model(job / "model_best.pt")
     if path is None:
-        rungs = sorted(str(found.parent) for found in job.glob("*bit/model_best.pt"))
-        hint = f" (--job_dir {rungs[-1]} has one)" if rungs else ""
+        rungs = sorted(job.glob("*bit/model_best.pt"), key=lambda file: file.stat().st_mtime)  # of --bit_schedule
+        hint = f" (--job_dir {rungs[-1].parent} has one)" if rungs else ""
         raise UserError(f"--test_only: no model_best.pt in --job_dir {job}{hint}, and no --source_file")
     return path
 
@@ -112,8 +113,14 @@ def _contradictions(config: Config, run: dict[str, Any], typed: Collection[str])
             (kept if obeyed else lost).append(
                 f"--{f.name} {ours} (its run: {'not given' if theirs is None else theirs})"
             )
+    own = {name: value for name, value in config.options.items() if value not in (None, False, run.get(name))}
+    lost += [f"--{name} {value} {_of_run(run.get(name))}" for name, value in own.items()]
     lines = [f"of no effect, for the model's own settings hold: {', '.join(lost)}"] * bool(lost)
     return lines + [f"other than in the model's run: {', '.join(kept)}"] * bool(kept)
+
+
+def _of_run(value: Any) -> str:
+    return f"(its run: {'not given' if value is None else value})"
 
 
 def _with_data_of(config: Config, run: dict[str, Any], typed: Collection[str], path: Path) -> Config:

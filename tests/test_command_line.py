@@ -206,11 +206,14 @@ def test_test_only(tiny, finished, tmp_path, capsys):
         ]
         assert "Class-IL" in out and "Task-IL" in out and "of no effect" not in out and "other than" not in out
     argv = arguments({**settings(tiny, finished), "bitW": 2, "quantizer": "lsq", "num_tasks": 1, "image_size": 32})
+    argv += ["--act_quantizer", "proxq", "--proxq_c", "7"]
     rows, out = outcome(argv, capsys)
     assert rows[0] == pytest.approx([found[name][-1][0] for name in ("top1", "top1_masked", "top5")], abs=0.006)
-    lost, kept, *_ = out.splitlines()
+    lost, kept = " ".join(out.split()).split("other than in the model's run: ")
+    assert lost.startswith("of no effect") and max(map(len, out.splitlines()[:-1])) <= 80
     assert all(
-        text in lost for text in ("--bitW 2 (its run: 4)", "--quantizer lsq (its run: proxq)", "--image_size 32")
+        text in lost
+        for text in ("--bitW 2 (its run: 4)", "--quantizer lsq (its run: proxq)", "--image_size 32", "--proxq_c 7")
     )
     assert len(rows) == 2 and "--num_tasks 1 (its run: not given)" in kept
     assert sorted(finished.rglob("*")) == before

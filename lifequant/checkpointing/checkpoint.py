@@ -263,10 +263,15 @@ def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) 
     else:
         load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)
         fits = False
+    refuse_nonfinite(path, model)
+    return fits
+
+
+def refuse_nonfinite(path: Path, model: nn.Module) -> None:
+    """Raises UserError if a weight that was loaded from ``path`` is NaN or infinite."""
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise UserError(f"{path}: its {name} holds NaN or infinity, since its run diverged: use another")
-    return fits
 
 
 def _of_quantizer(key: str) -> bool:
