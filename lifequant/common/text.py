@@ -19,6 +19,11 @@ def wrapped(text: str, indent: int = 2, break_words: bool = True) -> str:
     )
 
 
+def say(text: str) -> None:
+    """Print a line, wrapped at blanks."""
+    print(wrapped(text, break_words=False))
+
+
 def duration(seconds: float) -> str:
     """For a reader: "45 s", "12 min", "3 h 20 min"."""
     if seconds < 120:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.commands import command
 from lifequant.common.errors import one_line
-from lifequant.common.text import duration
+from lifequant.common.text import duration, wrapped
 from lifequant.experiments import result_files
 from lifequant.experiments.estimate import GUESS, Estimate, spent
 from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
@@ -235,7 +235,8 @@ def plan(sweep: Sweep) -> str:
     basis = "as fast as those finished" if sweep.times else f"guessed at {GUESS:.0f} images a second and core"
     about = f": about {duration(sweep.left())}, {basis}" if sweep.waiting else ""
     lines.append(task_seeds(sweep.runs))
-    lines.append(f"{len(sweep.runs)} runs, {len(sweep.waiting)} to do, {sweep.executor.slots} at a time{about}")
+    total = f"{len(sweep.runs)} runs, {len(sweep.waiting)} to do, {sweep.executor.slots} at a time{about}"
+    lines.append(wrapped(total))
     return "\n".join(lines)
 
 

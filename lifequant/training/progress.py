@@ -87,13 +87,13 @@ def line(run: Run, task: Task, epoch: int, values: Mapping[str, float]) -> str:
 
 
 def show(run: Run, task: Task, bar: tqdm, values: Mapping[str, float]) -> None:
-    """Renew the bar's text. Says once, as soon as the speed is known, how long the run will take if that is over a minute."""
+    """Renew the bar's text. In a long first epoch, say how long the run will take as soon as its speed is known."""
     epoch = (run.step - 1) // steps_per_epoch(run.config, len(task.pool))
     bar.set_description_str(line(run, task, epoch, values))
     left = seconds_left(run)
-    if run.expects_time and left is not None and run.history["timed_seconds"] > KNOWN_AFTER:
+    if run.expects_time and (epoch > 0 or run.history["timed_seconds"] > KNOWN_AFTER):
         run.expects_time = False
-        if left > 60:
+        if epoch == 0 and left and left > 60:
             run.log.say(f"about {duration(left)} to go, at {run.timer.images_per_second():.0f} images/s")
 
 

@@ -12,6 +12,7 @@ from lifequant.common.arguments import Parser, int_at_least, share
 from lifequant.common.commands import command
 from lifequant.common.errors import one_line
 from lifequant.common.files import find_folder, write_all
+from lifequant.common.text import say
 from lifequant.data import dataset_json
 from lifequant.data.create.tasks import remove_stale
 from lifequant.data.split import lowest, share_of_each
@@ -44,10 +45,10 @@ def main_replay(argv: Sequence[str]) -> int:
         files[folder / dataset_json.FILE] = dataset_json.text(record)
     write_all(files)
     for note in remove_stale(folder, prefix, "replay", num_tasks):
-        print(f"note: {note}")
+        say(f"note: {note}")
     for task, (kept, rows) in enumerate(zip(replay, train, strict=True)):
-        print(f"task {task}: {len(kept)} of {len(rows)} training images")
-    print(f"wrote {one_line(names)}")
+        print(f"task {task}: {len(kept)} of {len(rows)} training images stored")
+    say(f"wrote {one_line(names)}")
     return 0
 
 

@@ -17,6 +17,7 @@ from lifequant.common.arguments import Parser, int_at_least, real, share
 from lifequant.common.commands import command, prepare_command
 from lifequant.common.errors import UserError, closest, one_line
 from lifequant.common.files import checked_name, find_folder, write_all
+from lifequant.common.text import say
 from lifequant.data import dataset_json
 from lifequant.data.split import class_tasks, long_tail, lowest, share_of_each
 from lifequant.data.task_csv import Rows, csv_name, csv_text, task_numbers
@@ -39,9 +40,7 @@ def main_tasks(argv: Sequence[str]) -> int:
         pools = [pool]
         tasks = checked_tasks(len(names), args.num_tasks, args.diminish_rate, args.seed)
         here = f" (here {len(set(tasks[0]) - set(tasks[1]))} of {len(tasks[0])})" if len(tasks) > 1 else ""
-        print(
-            f"--diminish_rate: {100 * args.diminish_rate:g} % of a task's classes are replaced from task to task{here}"
-        )
+        say(f"--diminish_rate: {100 * args.diminish_rate:g} % of a task's classes are replaced from task to task{here}")
     pools = _thinned(pools, args)
     task_rows = pools if args.domains else rows_of_tasks(pools[0], tasks)
 
@@ -61,9 +60,9 @@ def main_tasks(argv: Sequence[str]) -> int:
     for task, (labels, rows) in enumerate(zip(tasks, task_rows, strict=True)):
         domain = f" ({args.domains[task]})" if args.domains else ""
         print(f"task {task}{domain}: {len(labels)} classes, {len(rows)} {args.source} images")
-    print(f"wrote {one_line(folder)}: {', '.join(path.name for path in files)}, {dataset_json.FILE}")
+    say(f"wrote {one_line(folder)}: {', '.join(path.name for path in files)}, {dataset_json.FILE}")
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     return 0
 
 
@@ -97,7 +96,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         if args.num_tasks not in (None, len(args.domains)):
             raise UserError(f"--num_tasks {args.num_tasks}: --domains names {len(args.domains)}, and each is one task")
         if args.diminish_rate is not None:
-            print("note: --diminish_rate has no effect with --domains: all tasks have the same classes")
+            say("note: --diminish_rate has no effect with --domains: all tasks have the same classes")
     elif args.num_tasks is None or args.diminish_rate is None:
         missing = "--num_tasks" if args.num_tasks is None else "--diminish_rate"
         raise UserError(
@@ -214,11 +213,11 @@ def _thinned(pools: list[Rows], args: argparse.Namespace) -> list[Rows]:
         every = [Counter(label for _, label in rows) for rows in pools]
         few = sum(n < args.images_per_class for counts in every for n in counts.values())
         if few:
-            print(f"note: {few} class folders have fewer than {args.images_per_class} images; all of these are kept")
+            say(f"note: {few} class folders have fewer than {args.images_per_class} images; all of these are kept")
         keep = [dict.fromkeys(counts, args.images_per_class) for counts in every]
         pools = [_kept(rows, most, args.seed, "thin") for rows, most in zip(pools, keep, strict=True)]
     if args.lt_gamma > 1 and args.source == "test":
-        print("note: --lt_gamma thins training images only; the test images stay as they are")
+        say("note: --lt_gamma thins training images only; the test images stay as they are")
     elif args.lt_gamma > 1:
         rows = [row for pool in pools for row in pool]
         counts = Counter(label for _, label in rows)
