@@ -35,6 +35,7 @@ def build_parser(method: str = "ours", *quantizers: str, penalty: str = "proxq")
     """The parser with the flags of that method, that penalty and those quantizers, and the names of those flags."""
     parser = Parser(
         prog="lifequant",
+        usage="lifequant train [FLAGS]",
         description="Train a quantized network on one task after another.",
         epilog="Other methods, penalties and quantizers have flags of their own: lifequant train --method ewc --help has those "
         "of ewc. lifequant list prints all names.",

@@ -95,7 +95,7 @@ def test_relative_data_dir(ten, here, monkeypatch, capsys):
     assert generate("src/nowhere") == 2
     message = capsys.readouterr().err
     tried = [here / "src" / "nowhere", here / "nowhere", ten.parent / "src" / "nowhere", ten.parent / "nowhere"]
-    assert all(str(path) in message for path in tried) and "prepare_images.py --dataset" in message
+    assert all(str(path) in message for path in tried) and "lifequant images --dataset" in message
 
 
 def test_stale_and_merged(ten, here, capsys):
