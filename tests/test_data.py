@@ -207,8 +207,8 @@ def test_buffer_is_nested(seed):
         labels += mine
     paths = [f"{row}.png" for row in range(len(labels))]
     before: set[int] = set()
-    for place in range(1, tasks + 1):
-        rows = set(stored_rows(paths, labels, past[:place], 0.2, buffer, 0))
+    for place, stored in enumerate(stored_rows(paths, labels, past, 0.2, buffer, 0), 1):
+        rows = set(stored)
         seen = Counter(labels[row] for task_rows in past[:place] for row in task_rows)
         assert len(rows) == min(buffer, seen.total())
         assert rows - set(past[place - 1]) <= before

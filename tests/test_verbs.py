@@ -51,7 +51,7 @@ def test_verbs_and_flags(tiny, tmp_path, capsys):
     flags = arguments(settings(tiny, tmp_path / "run", method="original", num_tasks=1))
     assert run_main(command, flags) == 0
     assert run_main(command, ["train", *flags, "--resume"]) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is finished" in " ".join(capsys.readouterr().out.split())
     assert run_main(command, ["list"]) == 0 and "ours" in capsys.readouterr().out
     assert run_main(command, ["--version"]) == 0 and lifequant.__version__ in capsys.readouterr().out
     assert run_main(command, ["tarin"]) == 2

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ class DataSet:
     held_out: list[list[int]]  # rows in train: validation images, never trained on or stored
     replay_csv: list[list[int]] | None  # rows in train to be stored of each task, where CSVs say so
     test_rows: list[list[int]]  # rows in test
+    _stored: dict[tuple, list[list[int]]] = field(default_factory=dict)  # what was asked for, after each task
 
     @property
     def num_classes(self) -> int:
@@ -66,8 +67,11 @@ class DataSet:
             return []
         if self.replay_csv is not None and config.buffer_size is None:
             return sorted(set().union(*self.replay_csv[:tasks]))
-        labels, rate = self.train.labels.tolist(), REPLAY_RATE if config.replay_rate is None else config.replay_rate
-        return stored_rows(self.train.paths, labels, self.new_rows[:tasks], rate, config.buffer_size, config.seed)
+        choice = (REPLAY_RATE if config.replay_rate is None else config.replay_rate, config.buffer_size, config.seed)
+        if choice not in self._stored:
+            labels = self.train.labels.tolist()
+            self._stored[choice] = list(stored_rows(self.train.paths, labels, self.new_rows, *choice))
+        return self._stored[choice][tasks - 1]
 
     def task(self, task_index: int, config: Config, joint: bool = False) -> Task:
         """What a method sees of the task; with ``joint`` all tasks are one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +15,15 @@ from lifequant.losses import rebalancing_weights
 def stored_rows(
     paths: Sequence[str],
     labels: Sequence[int],
-    past: Sequence[Sequence[int]],
+    tasks: Sequence[Sequence[int]],
     rate: float,
     buffer: int | None,
     seed: int,
-) -> list[int]:
-    """Rows that are kept of former tasks: the same share of every class of each, or ``buffer`` images in all.
+) -> Iterator[list[int]]:
+    """After each task, the rows that are kept: the same share of every class of each, or ``buffer`` images in all.
 
-    ``past`` has the rows of each former task. The buffer is filled task after task, as in a run, by rank. An image that
-    was dropped is gone, so the buffer's part of an old task only shrinks.
+    ``tasks`` has the rows of each task. The buffer is filled task after task, by rank. An image that was dropped is gone, so
+    the buffer's part of an old task only shrinks.
     """
 
     def pick(rows: Sequence[int], keep_of: dict[int, int]) -> list[int]:
@@ -33,13 +33,16 @@ def stored_rows(
     if buffer is not None:
         stored: list[int] = []
         seen: set[int] = set()
-        for rows in past:
+        for rows in tasks:
             seen.update(rows)
             pool = sorted({*stored, *rows})
             stored = pick(pool, _quota(Counter(labels[r] for r in seen), Counter(labels[r] for r in pool), buffer))
-        return stored
-    kept = [pick(rows, share_of_each(Counter(labels[r] for r in rows), rate)) for rows in past]
-    return sorted(set().union(*kept)) if kept else []
+            yield stored
+        return
+    kept: set[int] = set()
+    for rows in tasks:
+        kept.update(pick(rows, share_of_each(Counter(labels[r] for r in rows), rate)))
+        yield sorted(kept)
 
 
 def _quota(seen: dict[int, int], there: dict[int, int], total: int) -> dict[int, int]:

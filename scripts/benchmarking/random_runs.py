@@ -31,6 +31,7 @@ class NoLog:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.curves = self
 
     def __getattr__(self, name: str) -> Callable[..., NoLog]:
         return lambda *args, **kwargs: self
