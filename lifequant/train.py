@@ -191,9 +191,7 @@ def train_all(run: Run) -> None:
         if run.step == 0:
             begin_task(run, task)
         run.load_teacher(task)
-        run.log.say(
-            f"{task.name}: {len(task.classes)} classes, {len(task.new_rows)} new images{progress.replayed(task)}"
-        )
+        run.log.say(progress.content(task))
         fault_injection.point("task")
         with run.timer.part("training"), preemption.polled(distributed.world_size() == 1):
             train_task(run, task)

@@ -30,7 +30,7 @@ def test_where_there_is_no_terminal(tiny, tmp_path, capsys):
             at = next(line for line in lines if line.startswith(f"task {task} epoch {epoch}/2"))
             assert re.search(r"  loss \d+\.\d{3}  top-1 \d+\.\d %  \d+ images/s  \d+ s left$", at), at
     # Task 0 has four classes of eight images, of which a quarter is stored; task 1 has two of these classes itself.
-    assert "task 1: 4 classes, 32 new images, 4 replayed (8 stored, 4 among the new)" in lines
+    assert "task 1: 4 classes, 32 new, 4 replayed images (8 stored, 4 are new)" in lines
     assert [found["tasks"][1][key] for key in ("replay_images", "stored_images")] == [4, 8]
     assert found["memory_bytes"]["replay"] == 8 * 3 * 16 * 16
     assert re.search(r"finished in \d+ s; results.json and model_best.pt are in\s+\S+/run$", out.strip())

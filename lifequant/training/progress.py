@@ -33,7 +33,7 @@ def header(run: Run) -> str:
         "network": f"{config.target_model}, {parameters:,} parameters",
         **_bits(config),
         "data": f"{data.prefix}, {data.num_classes} classes, tasks: {len(data.ids)}, {images}",
-        "work": f"{config.num_epochs} epochs a task, in all {steps:,} steps of {config.train_batch_size} images, seed {config.seed}",
+        "work": f"{config.num_epochs} epoch{'s' * (config.num_epochs > 1)} a task, in all {steps:,} steps of {config.train_batch_size} images, seed {config.seed}",
         "device": f"{run.device}{threads}{processes}, torch {torch.__version__}",
         "folder": config.job_dir,
     }
@@ -51,12 +51,12 @@ def _bits(config: Config) -> dict[str, str]:
     }
 
 
-def replayed(task: Task) -> str:
-    """How many stored images are trained on; stored ones that the task has as its own are not counted twice."""
-    if not task.buffer_count:
-        return ""
+def content(task: Task) -> str:
+    """A task's classes and images. A stored image that the task has as its own is a new one, and is not counted twice."""
+    replayed = f", {len(task.replay)} replayed" if task.buffer_count else ""
     same = task.buffer_count - len(task.replay)
-    return f", {len(task.replay)} replayed" + (f" ({task.buffer_count} stored, {same} among the new)" if same else "")
+    stored = f" ({task.buffer_count} stored, {same} are new)" if same else ""
+    return f"{task.name}: {len(task.classes)} classes, {len(task.new_rows)} new{replayed} images{stored}"
 
 
 def progress_bar(run: Run, task: Task, steps: int) -> tqdm:
