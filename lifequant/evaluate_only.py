@@ -18,7 +18,7 @@ from lifequant.evaluation.evaluate import Scores, evaluate
 from lifequant.predict import load
 from lifequant.results.table import CLASS_IL, TASK_IL, wrapped
 from lifequant.runtime import distributed
-from lifequant.runtime.device import pick_device
+from lifequant.runtime.device import memory_explained, pick_device
 from lifequant.training import initialize
 
 OF_DATA = (*(f.name for f in fields(Config) if f.metadata and f.metadata["group"] == DATA), "seed")
@@ -51,7 +51,8 @@ def test(config: Config, notes: Sequence[str] = (), typed: Collection[str] | Non
             f"{path}: it has {len(model.class_names)} classes, the data set has {dataset.num_classes}: name its task CSVs "
             "by --csv_dir"
         )
-    scores = evaluate(model, dataset, config.eval_batch_size, with_error=False)
+    with memory_explained(lambda: ("evaluation", f"model {path}")):
+        scores = evaluate(model, dataset, config.eval_batch_size, with_error=False)
     print(_table(dataset.ids, scores), f"model: {path}", sep="\n")
     return scores
 

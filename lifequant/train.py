@@ -30,7 +30,7 @@ from lifequant.losses import distillation
 from lifequant.results import curves, results
 from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
-from lifequant.runtime.device import deterministic, pick_device, wants_compile
+from lifequant.runtime.device import deterministic, memory_explained, pick_device, wants_compile
 from lifequant.runtime.log import Log
 from lifequant.training import history, initialize, progress, schedule
 from lifequant.training.divergence import skip_step, stop_at_last_checkpoint
@@ -211,7 +211,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
     device = pick_device(config)
     distributed.join(device)
     log, folder = Log(), Path(config.job_dir)
+    this: Run | None = None
     with contextlib.ExitStack() as stack:
+        stack.enter_context(memory_explained(lambda: this.at() if this else ("startup", "before the first task")))
         if distributed.rank() > 0:
             config = distributed.follow(config, stack.enter_context(tempfile.TemporaryDirectory()))
         stack.callback(log.close)
@@ -248,7 +250,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         if wants_compile(config, device, total, log.say, state and state.get("compiled")):
             compile_step(this)
         distributed.barrier()  # nobody reads any more what the first is about to write
-        with run_folder.explain_disk_errors(folder), this.writer, deterministic(config.deterministic, device):
+        with run_folder.explain_disk_errors(folder), this.writer, deterministic(config.deterministic):
             curves.begin(this)
             train_all(this)
             found = results.finish(this)

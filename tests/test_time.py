@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import shutil
 import threading
@@ -224,6 +225,8 @@ def test_compile_auto_is_a_rule(monkeypatch):
     for config, kept in ((auto, True), (options.make(method="replay", compile="on"), None)):
         with pytest.raises(UserError, match=r"C\+\+ compiler"):
             wants_compile(config, CPU, 10**6, said.append, kept)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # triton is there, which needs a C compiler
+    assert not wants_compile(auto, torch.device("cuda"), 10**6, said.append) and "a C compiler is not there" in said[5]
 
 
 def test_a_resumed_run_compiles_as_before(tiny, tmp_path, monkeypatch, capsys):

@@ -137,6 +137,8 @@ def read(path: Path, kind: str) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except (MemoryError, torch.OutOfMemoryError):  # not the file's fault
+        raise
     except Exception:  # for what isn't a checkpoint torch.load raises errors of a dozen types
         raise UserError(f"{path}: not a checkpoint that can be read: it is damaged, or no checkpoint at all") from None
     if not isinstance(state, dict) or state.get("kind") not in ("run", "model"):
@@ -202,7 +204,7 @@ def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dic
         "options": dict(config.options),
         "class_names": class_names,
         "preprocessing": preprocessing,
-        "model": model.state_dict(),
+        "model": to_device(model.state_dict(), torch.device("cpu")),  # so that plain torch.load reads it anywhere
     }
 
 

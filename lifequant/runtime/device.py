@@ -18,6 +18,13 @@ from lifequant.runtime.distributed import local_rank
 # A compilation takes about a minute. On two cores it then saves some 0.15 s a step; on a GPU, where a step is a hundred
 # launches of small kernels, some 10 ms (an estimate, not measured).
 COMPILE_FROM_STEPS = {"cpu": 400, "cuda": 4000}
+WORK = {  # the timer's kind: (what is done then, what needs less memory)
+    "startup": ("loading the images", "give --cache mmap"),
+    "data": ("loading a batch", "give --cache mmap"),
+    "step": ("a training step", "lower --train_batch_size"),
+    "method": ("what the method does between tasks", "lower --train_batch_size"),
+    "evaluation": ("an evaluation", "lower --eval_batch_size"),
+}
 
 
 def pick_device(config: Config) -> torch.device:
@@ -32,17 +39,35 @@ def pick_device(config: Config) -> torch.device:
     index = config.gpus if local_rank() is None else local_rank()
     if index >= torch.cuda.device_count():
         raise UserError(f"GPU {index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    torch.cuda.set_device(index)  # what names no index would else open a context on GPU 0
     return torch.device("cuda", index)
 
 
 @contextmanager
-def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+def memory_explained(doing: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    """Inside, a GPU whose memory is full raises UserError. ``doing`` gives (the timer's kind of work, where in the run)."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        kind, where = doing()
+        what, remedy = WORK.get(kind, WORK["startup"])
+        free = ""
+        if torch.cuda.is_available():
+            free = " ({:.1f} of {:.1f} GiB are free)".format(*(size / 2**30 for size in torch.cuda.mem_get_info()))
+        raise UserError(
+            f"the GPU's memory is full in {what}, {where}{free}: {remedy}, or end other programs on this GPU; the last "
+            "checkpoint stands"
+        ) from None
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
     """With ``wanted``, only deterministic algorithms run inside; torch raises an error for an operation that has none."""
     if not wanted:
         yield
         return
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
@@ -85,10 +110,9 @@ def wants_compile(
 
 def _lacking(device: torch.device) -> str:
     """What torch.compile needs on this device and does not find; empty if nothing is missing."""
-    if device.type == "cuda":
-        return "" if importlib.util.find_spec("triton") else "triton"
-    return (
-        ""
-        if any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++", "c++", "cl")))
-        else "a C++ compiler"
-    )
+    if device.type == "cuda":  # Triton compiles its launchers with a C compiler
+        compilers = (os.environ.get("CC") or "cc", "cc", "gcc", "clang")
+        lacking = "" if importlib.util.find_spec("triton") else "triton"
+        return lacking or ("" if any(map(shutil.which, compilers)) else "a C compiler")
+    compilers = (os.environ.get("CXX") or "g++", "g++", "clang++", "c++", "cl")
+    return "" if any(map(shutil.which, compilers)) else "a C++ compiler"

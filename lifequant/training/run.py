@@ -78,6 +78,10 @@ class Run:
         """Steps done in all tasks."""
         return self.steps_before(self.task_index) + self.step
 
+    def at(self) -> tuple[str, str]:
+        """(the kind of work that an error ended, else that goes on; where in the run)."""
+        return self.timer.failed or self.timer.kind, f"task {self.data.ids[self.task_index]}, step {self.step}"
+
     def set_model(self, model: nn.Module) -> None:
         """Train ``model`` from here on: all that refers to its parameters is made anew."""
         self.model = model

@@ -39,6 +39,7 @@ class Timer:
         self.history, self.mark, self.last = history, time.perf_counter(), None
         self.checkpoint = self.mark
         self.kinds: dict[str, float] = history.setdefault("seconds_by_kind", {})
+        self.failed: str | None = None  # the kind of work that an error ended
         self.kind, self.since = "startup", self.mark if begin is None else begin
         self.graphs = _graphs()
 
@@ -75,6 +76,9 @@ class Timer:
         former = self.switch(kind)
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or self.kind  # the innermost
+            raise
         finally:
             self.switch(former)
 
