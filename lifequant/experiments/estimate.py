@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ QUANTIZED = (
     1.5  # what an image costs in a quantized network, in units of a float network's: 1.4 to 1.8 without --compile
 )
 REPLAY_RATE = 0.2  # a run's default
+LEFT = re.compile(r" (?:(\d+) h )?(\d+) (s|min) left$", re.MULTILINE)  # the end of an epoch's line
 
 
 def images_of_classes(data_dir: Path) -> list[int]:
@@ -78,23 +80,33 @@ class Estimate:
                 return found, True
         return here, False
 
-    def seconds(self, run: Run) -> float:
-        """Of a run from its beginning to its end."""
+    def seconds(self, run: Run) -> tuple[float, float]:
+        """(without its steps, of its steps) that a run takes."""
         found, own = self.like(run)[0], self.work[run.folder][1]
         if not found:
-            return START + own / self.guess
+            return START, own / self.guess
         pace = sum(taken.steps for taken in found) / sum(taken.work for taken in found)
-        return statistics.median(taken.fixed for taken in found) + pace * own
+        return statistics.median(taken.fixed for taken in found), pace * own
 
-    def left(self, waiting: Sequence[Run], going: Sequence[tuple[Run, float]], slots: int) -> float:
-        """Seconds until all runs have ended, ``slots`` at a time; ``going`` has those under way, with their seconds so far."""
-        # While none like it has finished, a run is taken to need as much longer as those under way need by now.
-        late = max([1.0, *(done / self.seconds(run) for run, done in going if not self.like(run)[1])])
-        whole = {
-            run.folder: self.seconds(run) * (1.0 if self.like(run)[1] else late)
-            for run in [*waiting, *(run for run, _ in going)]
-        }
-        ends = {run.folder: max(whole[run.folder] - done, 0.0) for run, done in going}
+    def left(self, waiting: Sequence[Run], going: Sequence[tuple[Run, float, float | None]], slots: int) -> float:
+        """Seconds until all runs have ended, ``slots`` at a time.
+
+        ``going`` has those under way, with their seconds so far, and those that they say are left.
+        """
+        # While none like it has finished, a run's steps are taken to be as slow as those of the runs under way.
+        late, said = [], []
+        for run, done, left in going:
+            fixed, steps = self.seconds(run)
+            if not self.like(run)[1]:
+                late.append((done - fixed) / steps)
+                said += [(done + left - fixed) / steps] if left is not None else []
+        factor = statistics.median(said) if said else max([1.0, *late])
+        whole = {}
+        for run in [*waiting, *(run for run, _, _ in going)]:
+            fixed, steps = self.seconds(run)
+            whole[run.folder] = fixed + steps * (1.0 if self.like(run)[1] else factor)
+        whole |= {run.folder: done + left for run, done, left in going if left is not None and not self.like(run)[1]}
+        ends = {run.folder: max(whole[run.folder] - done, 0.0) for run, done, _ in going}
         free, waiting = [*ends.values(), *[0.0] * (slots - len(ends))], list(waiting)
         heapq.heapify(free)
         unknown = {run.folder: float("inf") for run in waiting}
@@ -108,6 +120,19 @@ class Estimate:
             else:  # all that is left begins from a run that is still under way
                 heapq.heappush(free, min(end for end in ends.values() if end > now))
         return max(ends.values(), default=0.0)
+
+
+def said_left(log: Path, now: float) -> float | None:
+    """Seconds that a run says are left, by the last epoch's line in its log; None before one. ``now``: time.time()."""
+    try:
+        found = LEFT.findall(log.read_text(encoding="utf-8", errors="replace"))
+        age = now - log.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    if not found:
+        return None
+    hours, number, unit = found[-1]
+    return max(0.0, 3600 * int(hours or 0) + int(number) * {"s": 1, "min": 60}[unit] - age)
 
 
 def spent(results: dict[str, Any]) -> float:

@@ -33,7 +33,7 @@ from lifequant.common.commands import command
 from lifequant.common.errors import one_line
 from lifequant.common.text import duration, wrapped
 from lifequant.experiments import result_files
-from lifequant.experiments.estimate import GUESS, Estimate, spent
+from lifequant.experiments.estimate import GUESS, Estimate, said_left, spent
 from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
 from lifequant.experiments.grid_tasks import write_tasks
 from lifequant.experiments.slurm import TRAIN, Slurm, python_path
@@ -152,7 +152,10 @@ class Sweep:
     def left(self) -> float:
         """Seconds until the last run has ended."""
         now = time.monotonic()
-        going = [(run, now - self.began[run.folder]) for run, _ in self.going.values()]
+        going = [
+            (run, now - self.began[run.folder], said_left(run.folder / LOG, time.time()))
+            for run, _ in self.going.values()
+        ]
         return self.estimate.left(self.waiting, going, self.executor.slots)
 
     def go(self) -> None:
@@ -198,7 +201,7 @@ class Sweep:
         """Show the time left and the failures behind the progress bar."""
         self.told = time.monotonic()
         failed = sum(self.failure(run) is not None for run in self.runs)
-        guess = "" if self.times else " (a guess until a run has finished)"
+        guess = "" if self.times else " (roughly, until a run has finished)"
         left = [f"about {duration(self.left())} left{guess}"] if self.waiting or self.going else []
         bar.set_postfix_str(", ".join([*left, *[f"{failed} failed"] * bool(failed)]))
 
