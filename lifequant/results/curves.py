@@ -67,7 +67,7 @@ def evaluate_within(run: Run, epoch: int) -> None:
     """
     config, data = run.config, run.data
     images = len(set().union(*data.new_rows)) if run.method.joint else sum(map(len, data.new_rows))
-    interval = evaluation_interval(config, run.num_tasks, images, len(data.test.paths))
+    interval = evaluation_interval(config, run.num_tasks, images, len(data.test.paths), run.compiled)
     if (epoch + 1) % interval or epoch + 1 == config.num_epochs:
         return
     with run.timer.within("step"):  # a GPU has still to do the steps before

@@ -14,7 +14,7 @@ SHORTEST = {"cpu": 5, "cuda": 20}  # steps between two readings: one takes about
 LONGEST = 50
 POINTS = 20  # test accuracies over a run
 SHARE = 0.05  # of a run's work, what evaluations within tasks may add to it
-TRAINING = 2  # the work of a training image in test images: three passes against one, but the step may be compiled
+TRAINING = {False: 3, True: 1}  # a training image's work in test images, by whether the step is compiled; a test is not
 
 
 def batch_size(config: Config, images: int) -> int:
@@ -32,14 +32,14 @@ def reading_interval(config: Config, steps: int, device: str) -> int:
     return config.print_freq or min(max(steps // READINGS, SHORTEST[device]), LONGEST)
 
 
-def evaluation_interval(config: Config, tasks: int, train_images: int, test_images: int) -> int:
+def evaluation_interval(config: Config, tasks: int, train_images: int, test_images: int, compiled: bool) -> int:
     """Epochs between two evaluations within a task; ``num_epochs`` where only the ends of tasks are evaluated.
 
     ``train_images``: of all tasks, replay images apart; ``test_images``: of one evaluation.
     """
     if config.eval_every:
         return config.eval_every
-    affordable = SHARE * TRAINING * config.num_epochs * train_images
+    affordable = SHARE * TRAINING[compiled] * config.num_epochs * train_images
     for interval in range(1, config.num_epochs):
         points = tasks * -(-config.num_epochs // interval)
         if points <= POINTS and (points - tasks) * test_images <= affordable:
