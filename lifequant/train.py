@@ -224,7 +224,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         state = run_folder.check(config, log.say)
         num_tasks = 1 if registry.method(config.method).joint else len(dataset.ids)
         if state and state["task_index"] == num_tasks and (finished := results.read(folder)):
-            log.say(f"{folder}: this run is finished\n{table(finished)}")
+            log.say(f"this run is finished: {folder}\n{table(finished)}")
             return finished
         this = Run(config, log, device, dataset, began)
         log.say(progress.header(this))

@@ -16,6 +16,8 @@ from lifequant.common.errors import UserError
 from lifequant.results import results
 from lifequant.training import progress
 
+NARROW = True  # see conftest.py
+
 
 def test_where_there_is_no_terminal(tiny, tmp_path, capsys):
     """Header, a line for each epoch, and at the end where the results are; all within 80 columns, and nothing on stderr."""
