@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lifequant import train as training
 from lifequant.data.task import Task
@@ -66,8 +65,16 @@ def mark(t: Tensor, gpu: bool) -> None:
     _storage(t).on_gpu = gpu
 
 
+def _leaves(found: Any) -> Iterator[Any]:
+    for x in found.values() if isinstance(found, dict) else found:
+        if isinstance(x, list | tuple | dict):
+            yield from _leaves(x)
+        else:
+            yield x
+
+
 def _tensors(*found: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+    return [x for x in _leaves(found) if isinstance(x, Tensor)]
 
 
 def _is_gpu(device: Any) -> bool:
@@ -124,7 +131,7 @@ class Pretended:
             self.fault(f"{name}: values from another device")
         masked = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
         filled = new is not None and not new.dim() and not on_gpu(new) and len(indices) == 1  # masked_fill does that
-        if gpu and (not all(map(on_gpu, indices)) or masked and not filled):
+        if gpu and (not all(map(on_gpu, indices)) or (masked and not filled)):
             self.wait(f"{name}: a mask, or an index on the CPU")
         return gpu
 
@@ -164,7 +171,7 @@ class Operations(TorchDispatchMode):
         with torch._C.DisableTorchFunction():
             gpu = self.gpu.check(func._schema.name.split("::")[1], args, kwargs)
             self.gpu.operations += gpu
-            given = tree_leaves((args, kwargs))  # what shares memory with these has its mark already
+            given = _leaves((args, kwargs))  # what shares memory with these has its mark already
             known = {_storage(x)._cdata for x in given if isinstance(x, Tensor | torch.UntypedStorage)}
             result = func(*args, **kwargs)
             for t in _tensors(result):
