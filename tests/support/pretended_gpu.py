@@ -262,12 +262,19 @@ class Devices(TorchFunctionMode):
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[Pretended]:
     """Inside, torch finds one GPU. Raises GpuFault at each fault, and at the end if the library caught one."""
-    gpu, autocast = Pretended(), torch.autocast
+    gpu, autocast, save = Pretended(), torch.autocast, torch.save
+
+    def checked_save(state: Any, *args: Any, **kwargs: Any) -> None:
+        if any(map(on_gpu, _tensors(state))):
+            gpu.fault("torch.save() of tensors on the GPU: without one, torch.load() refuses the file")
+        save(state, *args, **kwargs)
+
     with contextlib.ExitStack() as stack:
         for name, value in ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, value=value, **__: value))
         on_cpu = lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs)  # noqa: E731
         stack.enter_context(mock.patch.object(torch, "autocast", on_cpu))
+        stack.enter_context(mock.patch.object(torch, "save", checked_save))
         stack.enter_context(Operations(gpu))
         stack.enter_context(Devices(gpu))
         yield gpu
