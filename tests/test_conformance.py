@@ -1,6 +1,6 @@
 """Every registered method and quantizer: two tiny tasks, what a run leaves, and interruption anywhere.
 
-test_pretended_gpu.py drives every method and penalty through a pretended GPU.
+test_pretended_gpu.py drives each through a pretended GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every registered method and penalty, and each switch that touches devices, on a pretended GPU.
+"""Every registered method, penalty and quantizer, and each switch that touches devices, on a pretended GPU.
 
-This belongs to the conformance suite: a new method or penalty is driven through it without another line. Each
+This belongs to the conformance suite: a new one is driven through it without another line. Each
 case starts on the GPU, is killed in its last task, goes on on the CPU, is killed again, and ends on the GPU. No operation may
 mix devices, no training step may wait, and the result is that of a plain run on the CPU, bit for bit.
 """
@@ -108,6 +108,16 @@ def test_as_on_the_cpu(case, plain, tiny, tmp_path):
         train(tiny, job, device="cuda", resume=True, **flags)
     assert gpu.operations > 1000
     same_state(job, plain(case))
+
+
+def test_quantizers(tiny, tmp_path):
+    """One step and the evaluation with each."""
+    for quantizer in registry.names("quantizer"):
+        flags = small({"method": "original", "quantizer": quantizer, "num_tasks": 1, "train_batch_size": 32})
+        train(tiny, tmp_path / f"{quantizer}_cpu", **flags)
+        with pretended_gpu():
+            train(tiny, tmp_path / quantizer, device="cuda", **flags)
+        same_state(tmp_path / quantizer, tmp_path / f"{quantizer}_cpu")
 
 
 @pytest.mark.parametrize(("former", "method"), [("ours", "ours"), ("ewc", "ewc"), ("ewc", "mas")])
