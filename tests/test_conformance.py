@@ -1,4 +1,7 @@
-"""Every registered method and quantizer: two tiny tasks, what a run leaves, and interruption anywhere."""
+"""Every registered method and quantizer: two tiny tasks, what a run leaves, and interruption anywhere.
+
+test_pretended_gpu.py drives each through a pretended GPU.
+"""
 
 from __future__ import annotations
 
