@@ -36,7 +36,7 @@ def test_where_there_is_no_terminal(tiny, tmp_path, capsys):
     assert [found["tasks"][1][key] for key in ("replay_images", "stored_images")] == [4, 8]
     assert found["memory_bytes"]["replay"] == 8 * 3 * 16 * 16
     assert re.search(r"finished in \d+ s; results.json and model_best.pt are in\s+\S+/run$", out.strip())
-    steps = re.search(r"in all (\d+) steps of 8 images", out)
+    steps = re.search(r"steps: (\d+), images a step: 8", out)
     assert int(steps[1]) == 2 * (32 // 8 + 5)  # 36 images of task 1 need five steps
 
 

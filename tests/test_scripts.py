@@ -70,12 +70,12 @@ CHOOSE = "set -euo pipefail; source scripts/_common.sh; use_environment; echo us
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
-@pytest.mark.parametrize("origin", ["file:///home/me/other%20clone", ""], ids=["clone", "wheel"])
+@pytest.mark.parametrize("origin", ["file:///somewhere/other%20clone", ""], ids=["clone", "wheel"])
 def test_another_installation_is_never_replaced(script, origin, made, clone, tmp_path):
     """Neither an editable one nor a wheel: they say what is there and what to do, and stop."""
     active = copied(made, tmp_path / "active", origin)
     done = run(clone, active, script)
-    where = "/home/me/other clone" if origin else "a wheel"
+    where = "/somewhere/other clone" if origin else "a wheel"
     assert done.returncode == 2 and done.stdout == ""
     assert f"{script}: the active environment {active} has lifequant from {where}, and" in done.stderr
     assert "deactivate" in done.stderr and f"{active}/bin/python -m pip install -e '{clone}'" in done.stderr

@@ -225,15 +225,15 @@ def test_evaluation_within_a_task_changes_nothing(more, tiny, tmp_path, monkeypa
 def test_how_often():
     """About 20 evaluations a run that add less than a twentieth; 100 readings a task, at most every 50 steps."""
     for tasks, epochs in ((1, 50), (3, 50), (3, 12), (10, 50), (20, 50), (60, 10), (3, 1)):
-        interval = evaluation_interval(options.make(num_epochs=epochs), tasks, 10**6, 1000, True)
+        interval = evaluation_interval(options.make(num_epochs=epochs), [10**6 // tasks] * tasks, 1000, True)
         total = tasks * -(-epochs // interval)
         assert total == tasks or 10 <= total <= 20, (tasks, epochs)
     small = options.make(num_epochs=12)  # 1,438 training and 359 test images
-    interval = evaluation_interval(small, 3, 1438, 359, False)
+    interval = evaluation_interval(small, [432, 435, 571], 359, False)
     extra = 3 * (-(-12 // interval) - 1)
     assert 0 < 359 * extra <= 0.05 * 3 * 12 * 1438
-    assert evaluation_interval(small, 3, 1438, 359, True) == 12  # 3 evaluations are 1,077 images, 5 % is 862
-    assert evaluation_interval(options.make(num_epochs=12, eval_every=5), 3, 1438, 359, True) == 5
+    assert evaluation_interval(small, [432, 435, 571], 359, True) == 12  # 3 evaluations are 1,077 images, 5 % is 862
+    assert evaluation_interval(options.make(num_epochs=12, eval_every=5), [432, 435, 571], 359, True) == 5
     assert [reading_interval(small, steps, "cpu") for steps in (50, 1000, 10**5)] == [5, 10, 50]
     assert [reading_interval(small, steps, "cuda") for steps in (50, 1000, 10**5)] == [20, 20, 50]
     assert reading_interval(options.make(print_freq=7), 1000, "cuda") == 7

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lifequant.config import REPLAY_RATE
 from lifequant.data.create.tasks import class_images, class_names
 from lifequant.experiments.grid import Run, checked
 from lifequant.experiments.grid_tasks import classes_of_tasks
 
 GUESS = 200.0  # images of 32 pixels a second and core: what a time is reckoned from before a run has finished
 START = 8.0  # seconds of a run without its steps, before one has finished
-QUANTIZED = (
-    1.5  # what an image costs in a quantized network, in units of a float network's: 1.4 to 1.8 without --compile
-)
-REPLAY_RATE = 0.2  # a run's default
+QUANTIZED = 1.5  # about what an image costs in a quantized network, in units of a float network's (docs/benchmark.md)
 LEFT = re.compile(r" (?:(\d+) h )?(\d+) (s|min) left$", re.MULTILINE)  # the end of an epoch's line
 
 

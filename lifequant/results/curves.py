@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.qat.code_usage import CodeCounts
@@ -27,6 +29,7 @@ TRAINING = {
     "penalty": "3_loss/penalty",
     "top5": "9_more_accuracy/train_top5",
 }
+_MATRICES = ("top1", "top5", "top1_masked")
 CLASS_IL = "Class-IL: the network chooses among the classes of all tasks."
 TASK_IL = "Task-IL: the network chooses among the task's own classes."
 FORGETTING = "Best accuracy on a task after an earlier task, less the accuracy now, in points. Less is better."
@@ -56,8 +59,10 @@ def add_training(run: Run, values: Mapping[str, float], lr: float, speed: float 
     curves.add_scalar("4_learning_rate", lr, step)
     if speed:
         curves.add_scalar("5_speed/images_per_second", speed, step)
-    for name, quant in fake_quants(run.model):
-        curves.add_scalar(f"6_quantizer_scales/{name}", quant.scale().mean().item(), step)
+    if quants := dict(fake_quants(run.model)):
+        scales = torch.stack([quant.scale().mean() for quant in quants.values()]).tolist()  # a GPU waits once
+        for name, scale in zip(quants, scales, strict=True):
+            curves.add_scalar(f"6_quantizer_scales/{name}", scale, step)
 
 
 def evaluate_within(run: Run, epoch: int) -> None:
@@ -66,8 +71,7 @@ def evaluate_within(run: Run, epoch: int) -> None:
     They are those of the model as it is, or of its moving average with ``--ema``. The run itself is not changed.
     """
     config, data = run.config, run.data
-    images = len(set().union(*data.new_rows)) if run.method.joint else sum(map(len, data.new_rows))
-    interval = evaluation_interval(config, run.num_tasks, images, len(data.test.paths), run.compiled)
+    interval = evaluation_interval(config, run.pool_sizes, len(data.test.paths), run.compiled)
     if (epoch + 1) % interval or epoch + 1 == config.num_epochs:
         return
     with run.timer.within("step"):  # a GPU has still to do the steps before
@@ -105,9 +109,6 @@ def add_final_table(run: Run, text: str) -> None:
     run.log.curves.add_text("1_results", f"```\n{text}\n```", run.global_step + 1)
     tensorboard_settings.write_end(run.log.curves)
     run.log.flush()
-
-
-_MATRICES = ("top1", "top5", "top1_masked")
 
 
 def _add_accuracies(

@@ -12,7 +12,7 @@ from lifequant.common import fault_injection
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.evaluation.nearest_mean import nme_accuracy
-from lifequant.qat.code_usage import code_counts
+from lifequant.qat.code_usage import CodeCounts, code_counts
 from lifequant.qat.layers import quantized_weights, weight_layers
 from lifequant.qat.packing import packed_model_bytes
 from lifequant.quantizers.base import FakeQuant
@@ -62,6 +62,12 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
     return memory
 
 
+def count_codes(run: Run, task: Any) -> dict[str, CodeCounts]:
+    """How often each code of each tensor occurs, of activations over the first images of the task's pool."""
+    with run.timer.within("evaluation"):
+        return code_counts(run.model, task.batch(task.pool[:CODE_IMAGES])[0])
+
+
 def end_task(run: Run, task: Any) -> None:
     """Evaluate after a task: add a row to each matrix, write curves and histograms, warn."""
     history, task_index = run.history, task.task_index
@@ -86,8 +92,7 @@ def end_task(run: Run, task: Any) -> None:
     if run.oscillations:
         shares = run.oscillations.share()
         history["oscillation"].append({"oscillating": shares, "frozen": run.oscillations.frozen_share()})
-    with run.timer.within("evaluation"):
-        codes = code_counts(run.model, task.batch(task.pool[:CODE_IMAGES])[0])
+    codes = run.codes = count_codes(run, task)
     for name, layer in weight_layers(run.model):
         if isinstance(layer.weight_quant, FakeQuant) and (codes[f"{name}.weight_quant"].counts > 0).sum() == 1:
             warn_of_one_code(run, name)
@@ -120,9 +125,7 @@ def assemble(run: Run) -> dict[str, Any]:
     """The content of results.json."""
     history, data = run.history, run.data
     R = history["top1"]
-    x, _ = (task := data.task(run.num_tasks - 1, run.config, run.method.joint)).batch(task.pool[:CODE_IMAGES])
-    with run.timer.within("evaluation"):
-        codes = code_counts(run.model, x)
+    codes = run.codes or count_codes(run, data.task(run.num_tasks - 1, run.config, run.method.joint))
     for name, (quant, _, counts) in codes.items():
         if int((counts > 0).sum()) > 2**quant.bits and not quant.exceeds_bits:
             raise RuntimeError(f"{name} has {int((counts > 0).sum())} codes, more than {quant.bits} bits have")

@@ -22,18 +22,14 @@ def header(run: Run) -> str:
     """What is trained, on what, where: a line each."""
     config, data = run.config, run.data
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    images = f"{len(data.train.paths):,} training and {len(data.test.paths):,} test images"
-    steps = run.steps_before(run.num_tasks)
-    threads = (
-        f", {torch.get_num_threads()} thread{'s'[: torch.get_num_threads() - 1]}" if run.device.type == "cpu" else ""
-    )
-    processes = f", {count} processes" if (count := distributed.world_size()) > 1 else ""
+    threads = f", threads: {torch.get_num_threads()}" if run.device.type == "cpu" else ""
+    processes = f", processes: {count}" if (count := distributed.world_size()) > 1 else ""
     lines = {
         "method": f"{config.method}, loss {config.loss}, sampler {config.sampler}, penalty {config.penalty}",
         "network": f"{config.target_model}, {parameters:,} parameters",
         **_bits(config),
-        "data": f"{data.prefix}, {data.num_classes} classes, tasks: {len(data.ids)}, {images}",
-        "work": f"{config.num_epochs} epoch{'s' * (config.num_epochs > 1)} a task, in all {steps:,} steps of {config.train_batch_size} images, seed {config.seed}",
+        "data": f"{data.prefix}, classes: {data.num_classes}, tasks: {len(data.ids)}, images: {len(data.train.paths):,}, for tests: {len(data.test.paths):,}",
+        "work": f"epochs a task: {config.num_epochs}, steps: {run.steps_before(run.num_tasks):,}, images a step: {config.train_batch_size}, seed: {config.seed}",
         "device": f"{run.device}{threads}{processes}, torch {torch.__version__}",
         "folder": config.job_dir,
     }

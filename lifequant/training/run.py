@@ -19,6 +19,7 @@ from lifequant.data.dataset import DataSet, data_key
 from lifequant.data.task import Batch, Task
 from lifequant.methods.base import LifelongMethod, TrainingHooks
 from lifequant.models.build import build
+from lifequant.qat.code_usage import CodeCounts
 from lifequant.qat.oscillations import Oscillations
 from lifequant.qat.scales import Scales, param_groups
 from lifequant.runtime import distributed
@@ -64,6 +65,7 @@ class Run:
         self.epoch_sums = torch.zeros_like(self.sums)  # since the epoch's begin
         self.best: dict[str, Any] = {}  # the task's best epoch, with --val_fraction
         self.history = new_history()
+        self.codes: dict[str, CodeCounts] = {}  # at the end of the last task that this process has trained
         self.timer = Timer(self.history, began)
         self.writer = Writer()
         self.compiled = False  # decided when the run begins

@@ -5,12 +5,13 @@ So a resumed run needs no scheduler's state."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lifequant.config import Config
 from lifequant.runtime import distributed
 
 READINGS = 100  # of the loss over a task
-SHORTEST = {"cpu": 5, "cuda": 20}  # steps between two readings: one takes about 2 ms, and a GPU waits for it
+SHORTEST = {"cpu": 5, "cuda": 20}  # steps between two readings, which take time, and which a GPU waits for
 LONGEST = 50
 POINTS = 20  # test accuracies over a run
 SHARE = 0.05  # of a run's work, what evaluations within tasks may add to it
@@ -32,17 +33,17 @@ def reading_interval(config: Config, steps: int, device: str) -> int:
     return config.print_freq or min(max(steps // READINGS, SHORTEST[device]), LONGEST)
 
 
-def evaluation_interval(config: Config, tasks: int, train_images: int, test_images: int, compiled: bool) -> int:
+def evaluation_interval(config: Config, pools: Sequence[int], test_images: int, compiled: bool) -> int:
     """Epochs between two evaluations within a task; ``num_epochs`` where only the ends of tasks are evaluated.
 
-    ``train_images``: of all tasks, replay images apart; ``test_images``: of one evaluation.
+    ``pools``: images that each task trains on; ``test_images``: of one evaluation; ``compiled``: whether the step is.
     """
     if config.eval_every:
         return config.eval_every
-    affordable = SHARE * TRAINING[compiled] * config.num_epochs * train_images
+    affordable = SHARE * TRAINING[compiled] * config.num_epochs * sum(pools)
     for interval in range(1, config.num_epochs):
-        points = tasks * -(-config.num_epochs // interval)
-        if points <= POINTS and (points - tasks) * test_images <= affordable:
+        points = len(pools) * -(-config.num_epochs // interval)
+        if points <= POINTS and (points - len(pools)) * test_images <= affordable:
             return interval
     return config.num_epochs
 
