@@ -21,16 +21,12 @@ BLOCK = re.compile(r"^```shell\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ELSEWHERE = 'echo "block {n} of {page} ends in $PWD" >&2; exit 1'
 
 
-def blocks(page: str) -> list[str]:
-    """The shell blocks of a page, in order."""
-    return BLOCK.findall((TOP / page).read_text(encoding="utf-8"))
-
-
-def script(top: Path) -> str:
-    """All blocks as one bash script, which stops at the first command that fails and where a block ends in another folder."""
+def script(top: Path, texts: dict[str, str]) -> str:
+    """All shell blocks of the pages ``texts`` as one bash script, which stops at the first command that fails and where a block
+    ends in another folder than ``top``."""
     lines = ["set -e"]
-    for page in PAGES:
-        for n, block in enumerate(blocks(page)):
+    for page, text in texts.items():
+        for n, block in enumerate(BLOCK.findall(text)):
             lines += [
                 f"echo '# block {n} of {page}'",
                 block,
@@ -59,7 +55,7 @@ def pasted(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, str]:
         server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, env=environment)
         try:
             assert server.stdout.readline() == b"ready\n", (folder / "log").read_text()
-            shell = ["bash", "-c", script(top)]
+            shell = ["bash", "-c", script(top, {page: (TOP / page).read_text(encoding="utf-8") for page in PAGES})]
             done = subprocess.run(shell, cwd=top, env=environment, capture_output=True, text=True, timeout=200)
         finally:
             server.kill()
@@ -97,6 +93,11 @@ def test_what_was_trained_is_what_was_made(pasted):
         assert all(task["train_images"] == images * len(task["classes"]) for task in found["tasks"])
 
 
-def test_a_block_that_ends_elsewhere_is_found():
-    done = subprocess.run(["bash", "-c", f'set -e\ncd /\n[ "$PWD" = /x ] || {{ {ELSEWHERE}; }}'], capture_output=True)
-    assert done.returncode == 1
+def test_a_bad_block_is_found(tmp_path):
+    """One that ends in another folder, one whose first command fails; neither is hidden by a good one."""
+    good = "```shell\ncd /\ncd {top}\n```\n"
+    for bad, said in (("cd /", "block 1 of a.md ends in /\n"), ("false\ntrue", "")):
+        texts = {"a.md": f"{good}text\n```shell\n{bad}\n```\n{good}".replace("{top}", str(tmp_path))}
+        words = ["bash", "-c", script(tmp_path, texts)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr == said and done.stdout.endswith("# block 1 of a.md\n")
