@@ -92,7 +92,8 @@ use_environment() {
     [ "$folder" -ef "$top/.venv" ] || spare_other_installation "$folder"
     stamp=$folder/.lifequant-installed
     if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || ! all_present; then
-        echo "installing lifequant and what it needs into $folder (the first time: minutes)"
+        echo "installing lifequant and what it needs into $folder"
+        echo "(the first time: minutes)"
         said=$("$python" -m pip install --disable-pip-version-check -e "${top}[dev,demo,plot]" 2>&1) || {
             echo "$said" >&2
             fail "pip could not install what is needed (its message is above)"
