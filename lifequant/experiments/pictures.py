@@ -15,7 +15,8 @@ from lifequant.experiments.plotting import NORMAL, SMALL, WIDE, heat, legend, ne
 from lifequant.experiments.rows import ACCURACY, FORGETTING, SPEED, TOTAL, Row, Table
 from lifequant.experiments.series import Series
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F",
+          "#8B0000", "#9ACD32", "#1F3A93", "#E8B4F0")  # fmt: skip
 MARKERS = "osD^vPX*<>"
 LINES, MATRICES, BARS, POINTS = 10, 12, 4, 40  # rows a picture has room for
 TITLE = 26  # letters of a line above a matrix

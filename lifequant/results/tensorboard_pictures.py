@@ -15,6 +15,7 @@ from lifequant.qat.code_usage import CodeCounts
 WIDTH = 900  # pixels
 LEFT, TOP, RIGHT, BOTTOM = 130, 130, 20, 76  # margins of the matrix
 SMALLEST, HIGHEST = 38, 160  # sides of a cell
+TITLE = 260  # height of all cells that the upright title needs
 SHADES = ((247, 251, 255), (107, 174, 214), (8, 48, 107))  # ColorBrewer's Blues
 INK, GRAY = (30, 30, 30), (150, 150, 150)
 COLUMNS, CHART, HEADING = 5, (180, 140), 60  # charts in a row of the codes' picture, pixels of one, and of a heading
@@ -36,7 +37,7 @@ def matrix_picture(matrix: Sequence[Sequence[float]], ids: Sequence[int]) -> np.
     """
     tasks = len(ids)
     width = max((WIDTH - LEFT - RIGHT) // tasks, SMALLEST)
-    height = min(width, HIGHEST)
+    height = max(min(width, HIGHEST), TITLE // tasks)
     size = (LEFT + tasks * width + RIGHT, TOP + tasks * height + BOTTOM)
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
