@@ -10,7 +10,6 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ from lifequant.runtime import distributed, preemption
 from lifequant.runtime.device import deterministic, memory_explained, pick_device, wants_compile
 from lifequant.runtime.log import Log
 from lifequant.training import history, initialize, progress, schedule
+from lifequant.training.compiling import compile_step, keep_in_place
 from lifequant.training.divergence import skip_step, stop_at_last_checkpoint
-from lifequant.training.ema import make_ema, update_ema
+from lifequant.training.ema import MovingAverage
 from lifequant.training.run import Run
 from lifequant.training.task_end import end_epoch, finish_training
 
@@ -44,8 +44,8 @@ ALONE = (
 )
 
 
-def loss_terms(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """(logits [N, C], the terms of the loss by their names in ``run.term_names``, the penalty before lambda).
+def losses(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(the loss, its terms by their names in ``run.term_names``, history.step_sums); the terms and sums are detached.
 
     This is the part of the step that torch.compile takes whole.
     """
@@ -56,8 +56,10 @@ def loss_terms(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     if run.config.distill and batch.teacher is not None:
         old = distillation(logits, batch.teacher, run.old_classes, run.config.distill_temperature)
         terms["distillation"] = run.config.distill * run.old_class_share * old
-    terms["penalty"] = run.penalty.penalty(run.model) + run.penalty.output_penalty(logits, batch)
-    return logits, terms
+    penalty = run.penalty.penalty(run.model) + run.penalty.output_penalty(logits, batch)
+    terms["penalty"] = run.config.ll_lambda * penalty
+    detached = {name: term.detach() for name, term in terms.items()}
+    return sum(terms.values()), detached, history.step_sums(logits.detach(), batch.y, detached)
 
 
 def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
@@ -68,9 +70,8 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
     run.finite_check.before_step()
     batch = run.with_teacher(batch)
-    logits, terms = run.compiled_loss_terms(batch) if run.compiled_loss_terms else loss_terms(run, batch)
-    terms["penalty"] = run.config.ll_lambda * terms["penalty"]
-    sum(terms.values()).backward()
+    loss, terms, sums = run.compiled_losses(batch) if run.compiled_losses else losses(run, batch)
+    loss.backward()
     distributed.average_gradients(model)
     if not run.finite_check.is_finite(list(terms.values()), factor * run.config.lr):
         return skip_step(run, batch, terms, save)
@@ -86,19 +87,8 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
         if run.oscillations:
             run.oscillations.after_step(model)
         if run.ema:
-            update_ema(run.ema, model)
-        return distributed.total(history.step_sums(logits, batch.y, terms))
-
-
-def compile_step(run: Run) -> None:
-    """Compile the forward pass and the loss terms as one graph; on a GPU as CUDA graphs, which need one launch each."""
-    run.log.say("compiling the training step: 1 to 3 minutes the first time, and silence until then")
-    torch.compiler.reset()  # else former runs of this process count against the limit of recompilations
-    run.compiled = True
-    alone = distributed.world_size() == 1  # SyncBatchNorm's messages can't be part of a CUDA graph
-    mode = "reduce-overhead" if run.device.type == "cuda" and alone else None
-    run.compiled_loss_terms = torch.compile(partial(loss_terms, run), dynamic=False, mode=mode)
-    run.teach = run.teacher and torch.compile(run.teacher, dynamic=False, mode=mode)
+            run.ema.update()
+        return distributed.total(sums)
 
 
 def train_task(run: Run, task: Task) -> None:
@@ -108,27 +98,27 @@ def train_task(run: Run, task: Task) -> None:
     steps_per_epoch = schedule.steps_per_epoch(config, len(task.pool))
     steps = config.num_epochs * steps_per_epoch
     run.reading_interval = schedule.reading_interval(config, steps, run.device.type)
-    order = None
+    batches = None
+    if run.compiled and run.device.type == "cuda":
+        keep_in_place(run)
     run.timer.begin_task()
     bar = progress.progress_bar(run, task, steps)
     run.model.train()
     while run.step < steps:
         run.timer.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
-        if index == 0 or order is None:
-            order = epoch_order(
-                task.labels[task.pool],
-                task.counts,
-                config.sampler,
-                generator(config.seed, "order", task.task_index, epoch),
-            ).to(task.pool_on_image_device.device)
+        if index == 0:
+            run.epoch_sums.zero_()
+        if index == 0 or batches is None:
+            noise = generator(config.seed, "order", task.task_index, epoch)
+            batches = task.epoch(epoch_order(task.labels[task.pool], task.counts, config.sampler, noise), size)
         noise = generator(config.seed, "augment", task.task_index, run.step)
-        batch = task.training_batch(order, index, size, noise)
+        batch = task.training_batch(batches, index, noise)
         factor = schedule.lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
         sums = training_step(run, distributed.share(batch), factor)
         run.sums += sums
-        run.epoch_sums = sums if index == 0 else run.epoch_sums + sums
+        run.epoch_sums += sums  # in place: a CUDA graph takes ``sums`` back at its next step
         run.step += 1
         run.timer.step(size)
         run.timer.switch("logging")
@@ -170,7 +160,7 @@ def begin_task(run: Run, task: Task) -> None:
     if run.oscillations:
         run.oscillations.begin_task(run.model)
     if run.ema:
-        run.ema = make_ema(run.model, run.config.ema)
+        run.ema = MovingAverage(run.model, run.config.ema)
 
 
 def end_task(run: Run, task: Task) -> None:
@@ -248,7 +238,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             log.say(ALONE.format(config.method))
         total = sum(len(rows) for rows in dataset.new_rows) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say, state and state.get("compiled")):
-            compile_step(this)
+            compile_step(this, losses)
         distributed.barrier()  # nobody reads any more what the first is about to write
         with run_folder.explain_disk_errors(folder), this.writer, deterministic(config.deterministic):
             curves.begin(this)

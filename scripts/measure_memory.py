@@ -84,10 +84,10 @@ def one_case(root: Path, case: str, batch: int, side: int) -> None:
         return
     task = found.task(0, config, registry.method("original").joint)
     order = epoch_order(task.labels[task.pool], task.counts, "uniform", generator(0, "order"))
-    steps = len(order) // batch
+    epoch, steps = task.epoch(order, batch), len(order) // batch
     begin = time.perf_counter()
     for step in range(steps):
-        task.training_batch(order, step, batch, generator(0, "augment", step))
+        task.training_batch(epoch, step, generator(0, "augment", step))
         if step == 0 or (step + 1) % -(-steps // 4) == 0 or step == steps - 1:
             line(f"batch {step + 1}", time.perf_counter() - begin)
 

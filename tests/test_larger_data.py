@@ -47,7 +47,8 @@ def test_batches_of_a_mapped_cache(tiny, augment):
         assert hasattr(found.train.images, "mapping") == hasattr(found.test.images, "mapping") == (cache == "mmap")
         task = found.task(1, config, registry.method(config.method).joint)
         order = epoch_order(task.labels[task.pool], task.counts, "uniform", seeded())
-        batches = [task.training_batch(order, step, 8, seeded(step)) for step in range(3)]
+        epoch = task.epoch(order, 8)
+        batches = [task.training_batch(epoch, step, seeded(step)) for step in range(3)]
         seen.append([*(value for batch in batches for value in batch[:4]), *task.batch(task.replay)])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 

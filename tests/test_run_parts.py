@@ -13,7 +13,7 @@ from support.tiny import train
 from lifequant import train as training
 from lifequant.checkpointing import checkpoint
 from lifequant.models.build import build
-from lifequant.training.ema import averaged_state, update_ema
+from lifequant.training.ema import MovingAverage
 
 
 def test_distillation_is_from_the_former_model(tiny, tmp_path, monkeypatch):
@@ -56,13 +56,18 @@ def test_average_is_what_is_evaluated(tiny, tmp_path, monkeypatch):
     """The model at a task's end is the moving average, and the next task starts from it."""
     ends: list[dict[str, Any]] = []
 
-    def recording(ema: Any, model: Any) -> None:
-        if ema.n_averaged == 0:
-            ends.append({"first": {n: v.clone() for n, v in model.state_dict().items()}})
-        update_ema(ema, model)
-        ends[-1]["last"] = averaged_state(ema)
+    class Recording(MovingAverage):
+        def __init__(self, model: Any, decay: float) -> None:
+            super().__init__(model, decay)
+            self.of = model
 
-    monkeypatch.setattr(training, "update_ema", recording)
+        def update(self) -> None:
+            if self.updates == 0:
+                ends.append({"first": {n: v.clone() for n, v in self.of.state_dict().items()}})
+            super().update()
+            ends[-1]["last"] = self.averaged_state()
+
+    monkeypatch.setattr(training, "MovingAverage", Recording)
     found = train(tiny, tmp_path / "run", method="replay", ema=0.5)
     for task, end in enumerate(ends):
         kept = checkpoint.read(tmp_path / "run" / "checkpoint" / f"task{task}.pt", "run")["model"]

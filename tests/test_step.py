@@ -26,10 +26,10 @@ def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
     orders: list[torch.Generator] = []
     step, batch_of, order_of = training.training_step, Task.training_batch, training.epoch_order
 
-    def training_batch(task: Any, order: Any, index: int, size: int, noise: torch.Generator) -> Any:
+    def training_batch(task: Any, epoch: Any, index: int, noise: torch.Generator) -> Any:
         noises.append(noise)
-        batch = batch_of(task, order, index, size, noise)
-        seen.append({"task": task, "batch": batch, "order": order, "noise": noise.initial_seed()})
+        batch = batch_of(task, epoch, index, noise)
+        seen.append({"task": task, "batch": batch, "noise": noise.initial_seed()})
         return batch
 
     def epoch_order(labels: Any, counts: Any, sampler: str, generator: torch.Generator) -> Any:

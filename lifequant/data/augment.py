@@ -37,7 +37,7 @@ def augmentation(config: Config) -> Callable[[Tensor, torch.Generator], Tensor]:
 def normalize(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] in 0..255 -> float32, channels-last."""
     mean, std = _statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
 
 
 def load_batch(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
@@ -56,20 +56,27 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
         return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (MEAN, STD))
 
 
+@cache
+def _counted(n: int, device: torch.device) -> Tensor:
+    """0 to n - 1 on a device, made once."""
+    with torch.inference_mode(False):
+        return torch.arange(n, device=device)
+
+
 def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """uint8 [N, C, H, W] -> the same shape: each image cropped at its own offset after zero padding, half of them mirrored.
 
     The randomness comes from ``generator`` (on the CPU) alone, so a batch is the same on every device.
     """
     n, channels, height, width = images.shape
-    offsets = send(torch.randint(0, 2 * pad + 1, (2, n), generator=generator), images.device)
-    mirrored = send(torch.rand(n, generator=generator) < 0.5, images.device)
-    rows = offsets[0, :, None] + torch.arange(height, device=images.device)
-    across = torch.arange(width, device=images.device).expand(n, width)
-    columns = offsets[1, :, None] + torch.where(mirrored[:, None], width - 1 - across, across)
-    image = torch.arange(n, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[:, None, None]
-    return F.pad(images, (pad, pad, pad, pad))[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    across = torch.arange(width)
+    columns = left + torch.where(mirrored, width - 1 - across, across)
+    pixels = send(torch.cat([top + torch.arange(height), columns], 1), images.device)  # of both, in one copy to a GPU
+    rows, columns = pixels[:, None, :height, None], pixels[:, None, None, height:]
+    image, channel = _counted(n, images.device), _counted(channels, images.device)
+    return F.pad(images, (pad, pad, pad, pad))[image[:, None, None, None], channel[:, None, None], rows, columns]
 
 
 def resized_crop_and_flip(images: Tensor, generator: torch.Generator, least: float = 0.35) -> Tensor:

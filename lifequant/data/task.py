@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lifequant.data.augment import crop_and_flip, load_batch, normalize
-from lifequant.data.image_storage import send, take
+from lifequant.data.image_storage import take
 
 
 class Batch(NamedTuple):
@@ -21,6 +21,15 @@ class Batch(NamedTuple):
     is_replay: Tensor  # bool [N]
     rows: Tensor  # int64 [N], rows of the image store
     teacher: Tensor | None = None  # float32 [N, C], logits of the former task's model, where something asks for them
+
+
+class Epoch(NamedTuple):
+    """The batches of an epoch, a row for each: what a training step then takes is there already, and costs a GPU nothing."""
+
+    image_rows: Tensor  # int64 [batches, N], ``rows`` on the device of the images
+    y: Tensor  # int64 [batches, N]
+    is_replay: Tensor  # bool [batches, N]
+    rows: Tensor  # int64 [batches, N]
 
 
 @dataclass
@@ -44,15 +53,11 @@ class Task:
     csv_id: int | None = None  # the number in the CSV's name, which messages show; None: the index
     stable_rows: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
-    pool_on_image_device: Tensor = field(
-        init=False
-    )  # ``pool`` on the device of the images, which needn't be that of all else
     counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
     old_classes: Tensor = field(init=False)  # bool [C], classes of former tasks
 
     def __post_init__(self) -> None:
         self.pool = torch.cat([self.new_rows, self.replay])
-        self.pool_on_image_device = self.pool.to(self.images.device)
         self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
         self.old_classes = torch.bincount(self.labels[self.past_rows], minlength=self.num_classes) > 0
 
@@ -78,16 +83,19 @@ class Task:
         """The ``batch`` of each ``size`` rows in turn, so that no more images are held at a time."""
         return (self.batch(part) for part in rows.split(size))
 
-    def training_batch(self, order: Tensor, index: int, size: int, generator: torch.Generator) -> Batch:
-        """Batch ``index`` of an epoch in ``order`` (indices into ``pool``), augmented on the device.
+    def epoch(self, order: Tensor, size: int) -> Epoch:
+        """The batches of ``size`` images in ``order`` (int64, indices into ``pool``); the last is filled up from the
+        beginning."""
+        batches = -(-len(order) // size)
+        order = order[torch.arange(batches * size, device=order.device) % len(order)].view(batches, size)
+        chosen = order.to(self.pool.device)
+        rows = self.pool[chosen]
+        return Epoch(rows.to(self.images.device), self.labels[rows], chosen >= len(self.new_rows), rows)
 
-        The epoch's last batch is filled up from the beginning of ``order``.
-        """
-        chosen = order[torch.arange(index * size, (index + 1) * size, device=order.device) % len(order)]
-        rows = self.pool_on_image_device[chosen]
-        images = self.augment(self.take(rows), generator)
-        chosen, rows = send(chosen, images.device), send(rows, images.device)
-        return Batch(normalize(images), self.labels[rows], chosen >= len(self.new_rows), rows)
+    def training_batch(self, epoch: Epoch, index: int, generator: torch.Generator) -> Batch:
+        """Batch ``index`` of an epoch, augmented on the device."""
+        image_rows, y, is_replay, rows = (part[index] for part in epoch)
+        return Batch(normalize(self.augment(self.take(image_rows), generator)), y, is_replay, rows)
 
 
 def user_task(

@@ -25,6 +25,7 @@ class TrainingHooks:
     help = ""
     has_penalty = False  # ``penalty`` or ``output_penalty`` may hold a new task down
     batch_separable = True  # the losses are means over images, so that several processes may share a batch
+    compilable: tuple[str, ...] = ()  # own functions of tensors alone, which are compiled on a GPU where the step is
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -84,12 +84,13 @@ class Regularizer(LifelongMethod):
         self.importance += new
         self.anchor.copy_(weights)
 
-    def task_gradient(self, model: nn.Module) -> Tensor:
-        """[P], the gradient of the task loss alone: p.grad without lambda 2 importance (w - anchor)."""
-        weights = protected(model).values()
-        gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in weights)
-        moved = flat(weights).detach() - self.anchor
-        return gradient - 2 * self.config.ll_lambda * self.importance * moved
+    @torch.no_grad()
+    def gradient_and_weights(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """([P], the gradient of the task loss alone: p.grad without lambda 2 importance (w - anchor); [P], the weights)."""
+        parameters = protected(model).values()
+        gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+        weights = flat(parameters)
+        return gradient - 2 * self.config.ll_lambda * self.importance * (weights - self.anchor), weights
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("anchor", "offset", *self.importances)}

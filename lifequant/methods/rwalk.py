@@ -29,10 +29,12 @@ class RWalk(Regularizer):
     defaults = Regularizer.defaults | {"ll_lambda": 10.0}
     per_step_state = True
     importances = ("importance", "fisher", "score", "gained", "path", "origin")
+    compilable = ("gradient_and_weights", "add_step")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.steps = 0  # of the task
+        self.decay, self.every = self.option("decay"), self.option("every")
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
@@ -54,19 +56,22 @@ class RWalk(Regularizer):
 
     def after_backward(self, model: nn.Module) -> None:
         if self.used:
-            self.gradient = self.task_gradient(model)
-            self.before = flat(protected(model).values()).detach()
+            self.before_step = self.gradient_and_weights(model)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, lr_ratio: float) -> None:
         if not self.used:
             return
-        now, decay = flat(protected(model).values()), self.option("decay")
-        self.fisher.mul_(decay).add_(self.gradient.square(), alpha=1 - decay)
-        self.path -= self.gradient * (now - self.before)
+        self.add_step(model, *self.before_step)
         self.steps += 1
-        if self.steps % self.option("every") == 0:
-            self._end_segment(now)
+        if self.steps % self.every == 0:
+            self._end_segment(flat(protected(model).values()))
+
+    @torch.no_grad()
+    def add_step(self, model: nn.Module, gradient: Tensor, before: Tensor) -> None:
+        """Add a step to the moving Fisher and to the path."""
+        self.fisher.mul_(self.decay).add_(gradient.square(), alpha=1 - self.decay)
+        self.path -= gradient * (flat(protected(model).values()) - before)
 
     def _end_segment(self, now: Tensor) -> None:
         distance = self.fisher * (now - self.origin).square() / 2

@@ -26,6 +26,7 @@ class SI(Regularizer):
     defaults = Regularizer.defaults | {"ll_lambda": 0.01}
     per_step_state = True
     importances = ("importance", "path")
+    compilable = ("gradient_and_weights", "add_to_path")
 
     @staticmethod
     def add_args(group: argparse._ArgumentGroup) -> None:
@@ -44,13 +45,16 @@ class SI(Regularizer):
 
     def after_backward(self, model: nn.Module) -> None:
         if self.used:
-            self.gradient = self.task_gradient(model)
-            self.before = flat(protected(model).values()).detach()
+            self.before_step = self.gradient_and_weights(model)
 
-    @torch.no_grad()
     def after_step(self, model: nn.Module, lr_ratio: float) -> None:
         if self.used:
-            self.path -= self.gradient * (flat(protected(model).values()) - self.before)
+            self.add_to_path(model, *self.before_step)
+
+    @torch.no_grad()
+    def add_to_path(self, model: nn.Module, gradient: Tensor, before: Tensor) -> None:
+        """Add -gradient * (weights - before)."""
+        self.path -= gradient * (flat(protected(model).values()) - before)
 
     @torch.no_grad()
     def estimate(self, model: nn.Module, task: Task) -> Tensor:

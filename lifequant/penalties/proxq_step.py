@@ -24,6 +24,11 @@ class ProxQStep(Anchored):
 
     help = "a proximal step after the optimizer's; movement within a code is free"
     default_lambda = 0.1
+    compilable = ("move",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.strength: Tensor | None = None  # lambda eta_t / eta_0, a scalar on the device
 
     def anchors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         codes = {name: layer.weight_quant.codes(layer.weight) for name, layer in self._layers(model)}
@@ -44,15 +49,21 @@ class ProxQStep(Anchored):
     def penalty(self, model: nn.Module) -> Tensor:
         return Penalty.penalty(self, model)
 
-    @torch.no_grad()
     def after_step(self, model: nn.Module, lr_ratio: float) -> None:
-        strength = self.config.ll_lambda * lr_ratio
+        if self.strength is None:
+            self.strength = next(model.parameters()).new_zeros(())
+        self.strength.fill_(self.config.ll_lambda * lr_ratio)
+        self.move(model)
+
+    @torch.no_grad()
+    def move(self, model: nn.Module) -> None:
+        """The proximal step of all layers."""
         for name, layer in self._layers(model):
             weight, quant = layer.weight, layer.weight_quant
             former = self.anchored(name)
             d = quant.to_codes(weight) - former
             size = d.abs()
-            beyond = (size - 0.5).clamp(min=0) / (1 + strength * self.importance[name])
+            beyond = (size - 0.5).clamp(min=0) / (1 + self.strength * self.importance[name])
             u = former + d.sign() * (size.clamp(max=0.5) + beyond)
             moved = (beyond > 0) & (self.importance[name] > 0)
             weight.copy_(torch.where(moved, quant.inverse(u, weight), weight))

@@ -40,6 +40,8 @@ class Oscillations:
     it freezes.
     """
 
+    compilable = ("count",)
+
     def __init__(self, freeze: float | None = None) -> None:
         self.freeze = freeze
         self.sizes: dict[str, int] = {}  # weights of each layer, in the order of the tensors below
@@ -64,18 +66,21 @@ class Oscillations:
         if self.freeze is not None:
             self.state["written"] = torch.zeros_like(codes, dtype=torch.float32)  # the weights as they were left
 
-    @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """Count this step's changes and set the frozen weights. Call it once after each optimizer step."""
-        if not self.state:
-            return
+        if self.state:
+            self.count(model)
+
+    @torch.no_grad()
+    def count(self, model: nn.Module) -> None:
+        """``after_step`` where there is something to count."""
         layers, state = _quantized(model), self.state
         codes = torch.where(state["frozen"], state["code"], _codes(layers))
         change = (codes - state["code"]).sign().to(torch.int8)
         state["frequency"].lerp_((change * state["direction"] < 0).float(), MOMENTUM)
         state["mean_code"].lerp_(codes.float(), MOMENTUM)
-        state["direction"] = torch.where(change == 0, state["direction"], change)
-        state["code"] = codes
+        state["direction"].copy_(torch.where(change == 0, state["direction"], change))
+        state["code"].copy_(codes)
         if self.freeze is not None:
             self._freeze(layers)
 

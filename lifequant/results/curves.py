@@ -77,7 +77,7 @@ def evaluate_within(run: Run, epoch: int) -> None:
     with run.timer.within("step"):  # a GPU has still to do the steps before
         stop_at_last_checkpoint(run)
     with run.timer.within("evaluation"):
-        model = run.ema.module if run.ema else run.model
+        model = run.ema.model if run.ema else run.model
         scores = evaluate(model, data, config.eval_batch_size, with_error=False)
     now = {"top1": scores.top1, "top5": scores.top5, "top1_masked": scores.masked}
     _add_accuracies(run, {name: [*run.history[name], now[name]] for name in _MATRICES}, run.task_index, run.global_step)

@@ -22,7 +22,6 @@ from lifequant.results.table import table
 from lifequant.results.versions import versions
 from lifequant.training import progress
 from lifequant.training.divergence import refuse_nonfinite, stop_at_last_checkpoint
-from lifequant.training.ema import ema_bytes
 from lifequant.training.history import means
 from lifequant.training.run import Run
 
@@ -55,7 +54,7 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
     for callback in run.callbacks:
         for name, size in callback.memory_bytes().items():
             memory[name] = memory.get(name, 0) + size
-    memory["average"] = ema_bytes(run.ema) if run.ema else 0
+    memory["average"] = run.ema.nbytes() if run.ema else 0
     memory["oscillation"] = run.oscillations.memory_bytes() if run.oscillations else 0
     if run.teacher is not None:
         memory["reference"] += packed_model_bytes(run.model)

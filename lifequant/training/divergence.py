@@ -61,7 +61,7 @@ def _stopped(run: Run, what: str, again: str, save: Callable[[Run], None]) -> Us
 
 def stop_at_last_checkpoint(run: Run) -> None:
     """Raises UserError where a deferred check (on a GPU) has found a step that was not finite."""
-    if run.finite_check.found_nonfinite():
+    if run.finite_check.found_nonfinite(run.sums, run.optimizer):
         raise UserError(
             f"{run.config.job_dir}: the run diverged in task {run.data.ids[run.task_index]}, at most "
             f"{run.reading_interval} steps before step {run.step}. The last checkpoint is kept; --resume --on_nan skip goes "

@@ -2,8 +2,9 @@
 
 On the CPU, and with ``--on_nan skip``, each step is checked between its backward pass and its update, when only BatchNorm's
 running statistics have changed; ``restore_buffers`` puts those back, so the state is the one before the step. A GPU would
-have to wait for that at every step, so ``--on_nan stop`` reads there, with the losses, the largest number since the last
-reading, and the run stops at its last checkpoint.
+have to wait for that at every step, so ``--on_nan stop`` looks there, with each reading of the losses, at what a step that was
+not finite leaves behind: weights, running statistics, the optimizer's state, sums of losses. The run stops at its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class FiniteCheck:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffers = list(model.buffers())
         self.saved = [torch.empty_like(b) for b in self.buffers]
-        self.largest = torch.zeros((), device=device)  # since the last reading, where the check is deferred
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -46,21 +46,26 @@ class FiniteCheck:
     @torch.no_grad()
     def is_finite(self, losses: list[Tensor], lr: float) -> bool:
         """Whether the step may go on, after the backward pass; always True where the check is deferred."""
+        if self.deferred:
+            return True
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         weight = largest(self.parameters)
         after_update = weight + max(lr, 1.0) * (largest(gradients) + self.decay * weight)
         others = largest([*(b for b in self.buffers if b.is_floating_point()), *losses])
         number = distributed.total(torch.maximum(after_update, others))
-        if self.deferred:
-            self.largest = torch.maximum(self.largest, number)  # NaN stays
-            return True
         return number.item() <= LIMIT  # False for NaN
 
-    def found_nonfinite(self) -> bool:
-        """Whether a number since the last call was not finite, where the check is deferred; waits for the device."""
-        found = self.deferred and not self.largest.item() <= LIMIT
-        self.largest.zero_()
-        return found
+    @torch.no_grad()
+    def found_nonfinite(self, sums: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step since the last call was not finite, where the check is deferred; waits for the device.
+
+        What is not finite stays so in a weight or a running statistic, an infinite gradient in the momentum.
+        """
+        if not self.deferred:
+            return False
+        kept = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        every = [sums, *self.parameters, *self.buffers, *(t for t in kept if t.device == sums.device)]
+        return not largest([t for t in every if t.is_floating_point()]).item() <= LIMIT
 
 
 def largest(tensors: list[Tensor]) -> Tensor:

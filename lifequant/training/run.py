@@ -24,7 +24,7 @@ from lifequant.qat.oscillations import Oscillations
 from lifequant.qat.scales import Scales, param_groups
 from lifequant.runtime import distributed
 from lifequant.runtime.log import Log
-from lifequant.training.ema import make_ema
+from lifequant.training.ema import MovingAverage
 from lifequant.training.history import new_history
 from lifequant.training.nonfinite import FiniteCheck
 from lifequant.training.schedule import steps_per_epoch
@@ -55,7 +55,7 @@ class Run:
             self.teach = self.teacher
         self.old_classes = torch.zeros(dataset.num_classes, dtype=torch.bool, device=device)
         self.old_class_share = torch.zeros((), device=device)  # of the classes seen until now
-        self.ema = make_ema(self.model, config.ema) if config.ema else None
+        self.ema = MovingAverage(self.model, config.ema) if config.ema else None
         track = config.track_oscillations or config.freeze_oscillating is not None
         self.oscillations = Oscillations(config.freeze_oscillating) if track else None
         self.data_key = data_key(dataset)
@@ -69,7 +69,7 @@ class Run:
         self.timer = Timer(self.history, began)
         self.writer = Writer()
         self.compiled = False  # decided when the run begins
-        self.compiled_loss_terms: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]] | None = None
+        self.compiled_losses: Callable[[Batch], tuple[Tensor, dict[str, Tensor], Tensor]] | None = None
 
     def steps_before(self, task_index: int) -> int:
         """Steps of the tasks before this one."""

@@ -11,7 +11,6 @@ from lifequant.data.task import Task
 from lifequant.evaluation.evaluate import validation_top1
 from lifequant.qat.batchnorm import reestimate_bn
 from lifequant.training import progress
-from lifequant.training.ema import averaged_state
 from lifequant.training.head import train_head
 from lifequant.training.history import means
 from lifequant.training.run import Run
@@ -25,7 +24,7 @@ def end_epoch(run: Run, task: Task, epoch: int, curves: Any) -> None:
         return
     trained = {name: value.clone() for name, value in run.model.state_dict().items()}
     if run.ema:
-        run.model.load_state_dict(averaged_state(run.ema))
+        run.model.load_state_dict(run.ema.averaged_state())
     with run.timer.within("evaluation"):
         top1 = validation_top1(run.model, run.data.train, rows, run.config.eval_batch_size)
     curves.add_scalar("1_accuracy/validation_top1", top1, run.global_step)
@@ -47,14 +46,14 @@ def finish_training(run: Run, task: Task) -> None:
         model.load_state_dict(run.best["model"])
         run.best = {}
     elif run.ema:
-        model.load_state_dict(averaged_state(run.ema))
+        model.load_state_dict(run.ema.averaged_state())
     size = config.train_batch_size
     if config.bn_reestimate:
         with run.timer.part("bn_reestimate", "step"):
             noise = generator(config.seed, "bn", task.task_index)
-            order = torch.randperm(len(task.pool), generator=noise).to(task.pool_on_image_device.device)
-            batches = min(config.bn_reestimate, -(-len(order) // size))
-            reestimate_bn(model, (task.training_batch(order, index, size, noise).x for index in range(batches)))
+            epoch = task.epoch(torch.randperm(len(task.pool), generator=noise), size)
+            batches = range(min(config.bn_reestimate, len(epoch.rows)))
+            reestimate_bn(model, (task.training_batch(epoch, index, noise).x for index in batches))
     if config.head_epochs:
         with run.timer.part("head", "step"):
             train_head(

@@ -73,6 +73,7 @@ def build(args: dict[str, Any], folder: str) -> Callable[[int], float]:
 
     from lifequant import options, train
     from lifequant.runtime.device import pick_device, wants_compile
+    from lifequant.training.compiling import compile_step
 
     row, batch = args["row"], args["batch"]
     device = pick_device(options.make(device=args["device"]))
@@ -101,7 +102,7 @@ def build(args: dict[str, Any], folder: str) -> Callable[[int], float]:
         run.set_model(model.to(device, memory_format=torch.channels_last))
     task = runs.to_last_task(run)
     if compiled:
-        train.compile_step(run)
+        compile_step(run, train.losses)
     runs.train_steps(run, task, WARM_UP_STEPS)
     runs.refuse_no_penalty(run)
     return lambda steps: runs.train_steps(run, task, steps)

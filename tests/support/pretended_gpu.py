@@ -33,6 +33,7 @@ READING = {
     "_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "histc", "repeat_interleave",
     "_unique2", "unique_dim", "unique_consecutive",
 }  # fmt: skip
+OURS = ("/torch/", "/tests/support/", contextlib.__file__, mock.__file__)  # who only passes a call on
 TRANSFERS = {"copy_", "_foreach_copy_", "_copy_from"}
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 # What torch.cuda answers. Functions that aren't here would ask the driver.
@@ -73,7 +74,7 @@ def _leaves(found: Any) -> Iterator[Any]:
             yield x
 
 
-def _tensors(*found: Any) -> list[Tensor]:
+def tensors(*found: Any) -> list[Tensor]:
     return [x for x in _leaves(found) if isinstance(x, Tensor)]
 
 
@@ -91,7 +92,7 @@ class Pretended:
 
     def fault(self, what: str) -> None:
         """Note it, since the library may catch the error, and raise it."""
-        self.faults.append(f"{what} ({_place()})")
+        self.faults.append(f"{what} ({place()})")
         raise GpuFault(self.faults[-1])
 
     def wait(self, what: str) -> None:
@@ -102,9 +103,9 @@ class Pretended:
 
     def check(self, name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether what the operation makes is on the GPU. Notes faults and waits."""
-        tensors = _tensors(args, kwargs)
-        here = [on_gpu(t) for t in tensors]
-        gpu = any(here) if tensors else self.factory_on_gpu
+        given = tensors(args, kwargs)
+        here = [on_gpu(t) for t in given]
+        gpu = any(here) if given else self.factory_on_gpu
         if gpu and kwargs.get("generator") is not None:
             self.fault(f"{name}: a CPU generator for a tensor on the GPU")
         if not any(here):
@@ -116,9 +117,9 @@ class Pretended:
         if name in TRANSFERS:
             return self.check_transfer(name, *args[:2], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
         scalars_pass = name not in ("cat", "stack") and (here[0] or not name.endswith("_"))
-        counted = {gpu for t, gpu in zip(tensors, here, strict=True) if gpu or t.dim() or not scalars_pass}
+        counted = {gpu for t, gpu in zip(given, here, strict=True) if gpu or t.dim() or not scalars_pass}
         if len(counted) > 1:  # a CPU tensor without dimensions may join those on the GPU, as a number may
-            places = [f"{list(t.shape)} on the {'GPU' if g else 'CPU'}" for t, g in zip(tensors, here, strict=True)]
+            places = [f"{list(t.shape)} on the {'GPU' if g else 'CPU'}" for t, g in zip(given, here, strict=True)]
             self.fault(f"{name}: tensors on different devices: {', '.join(places[:4])}")
         return gpu
 
@@ -137,7 +138,7 @@ class Pretended:
 
     def check_transfer(self, name: str, target: Any, source: Any, non_blocking: bool = False) -> bool:
         """The device of ``target``. From pinned memory, and where the call asks for it, nobody waits."""
-        target, source = _tensors(target), _tensors(source)
+        target, source = tensors(target), tensors(source)
         for a, b in zip(target, source, strict=True):
             if on_gpu(a) != on_gpu(b) and not (non_blocking and getattr(_storage(b), "pinned", False)):
                 self.wait(f"{name} between CPU and GPU")
@@ -151,10 +152,10 @@ def _codes() -> Iterator[CodeType]:
         frame = frame.f_back
 
 
-def _place() -> str:
-    """File, line and function of the innermost call that is neither torch's nor this file's."""
+def place() -> str:
+    """File, line and function of the innermost call that is neither torch's nor a stand-in's."""
     frame = sys._getframe(1)
-    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename in (__file__, contextlib.__file__):
+    while any(part in frame.f_code.co_filename for part in OURS):
         frame = frame.f_back
     return f"{frame.f_code.co_filename.rsplit('/lifequant/', 1)[-1]}:{frame.f_lineno}, {frame.f_code.co_name}"
 
@@ -174,7 +175,7 @@ class Operations(TorchDispatchMode):
             given = _leaves((args, kwargs))  # what shares memory with these has its mark already
             known = {_storage(x)._cdata for x in given if isinstance(x, Tensor | torch.UntypedStorage)}
             result = func(*args, **kwargs)
-            for t in _tensors(result):
+            for t in tensors(result):
                 if _storage(t)._cdata not in known:
                     mark(t, gpu)
         return result
@@ -206,9 +207,9 @@ class Devices(TorchFunctionMode):
             self.gpu.fault("numpy() of a tensor on the GPU")
         if func is Tensor.tolist and on_gpu(args[0]):
             self.gpu.wait("tolist()")
-        tensors = _tensors(args, kwargs)
+        given = tensors(args, kwargs)
         device = kwargs.get("device")
-        gpu = any(map(on_gpu, tensors)) if device is None else _is_gpu(device)
+        gpu = any(map(on_gpu, given)) if device is None else _is_gpu(device)
         if device is not None:
             kwargs["device"] = torch.device("cpu")
         former, self.gpu.factory_on_gpu = self.gpu.factory_on_gpu, gpu
@@ -219,7 +220,7 @@ class Devices(TorchFunctionMode):
         if device is not None and isinstance(result, Tensor):
             if gpu and func in (torch.tensor, torch.as_tensor):
                 self.gpu.wait("a tensor of the host's numbers")
-            mark(result.clone() if any(result is t for t in tensors) else result, gpu)
+            mark(result.clone() if any(result is t for t in given) else result, gpu)
         return result
 
     def to(self, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -265,7 +266,7 @@ def pretended_gpu() -> Iterator[Pretended]:
     gpu, autocast, save = Pretended(), torch.autocast, torch.save
 
     def checked_save(state: Any, *args: Any, **kwargs: Any) -> None:
-        if any(map(on_gpu, _tensors(state))):
+        if any(map(on_gpu, tensors(state))):
             gpu.fault("torch.save() of tensors on the GPU: without one, torch.load() refuses the file")
         save(state, *args, **kwargs)
 
