@@ -239,6 +239,11 @@ class Config:
     gpus: int = flag(0, RUN, "index of the GPU to use", nargs="+", type=int_at_least(0), free=True)
     amp: str = flag("off", RUN, "bf16 trains convolutions in bfloat16, for GPUs; quantizers stay in float32",
                     choices=["off", "bf16"])  # fmt: skip
+    tf32: bool = switch(
+        True,
+        RUN,
+        "training steps on a GPU round the inputs of convolutions and products to TF32, 10 bits of 23, which is faster; evaluation and importances never do",
+    )
     deterministic: bool = switch(
         False, RUN, "use only deterministic algorithms, so that a GPU gives the same bits again"
     )

@@ -29,7 +29,7 @@ from lifequant.losses import distillation
 from lifequant.results import curves, results
 from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
-from lifequant.runtime.device import deterministic, memory_explained, pick_device, wants_compile
+from lifequant.runtime.device import deterministic, memory_explained, pick_device, tf32, wants_compile
 from lifequant.runtime.log import Log
 from lifequant.training import history, initialize, progress, schedule
 from lifequant.training.compiling import compile_step, keep_in_place
@@ -116,7 +116,8 @@ def train_task(run: Run, task: Task) -> None:
         batch = task.training_batch(batches, index, noise)
         factor = schedule.lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
-        sums = training_step(run, distributed.share(batch), factor)
+        with tf32(config.tf32 and run.device.type == "cuda"):
+            sums = training_step(run, distributed.share(batch), factor)
         run.sums += sums
         run.epoch_sums += sums  # in place: a CUDA graph takes ``sums`` back at its next step
         run.step += 1

@@ -41,7 +41,7 @@ KEYS = {
     "schema", "config", "tasks", "top1", "top5", "top1_masked", "average_accuracy", "average_accuracy_weighted",
     "average_incremental_accuracy", "forgetting", "forgetting_rate", "bwt", "fwt", "space_shift",
     "quantization_error", "max_codes_per_tensor", "code_histograms", "memory_bytes", "seconds", "seconds_by_part",
-    "images_per_second", "warnings", "versions",
+    "images_per_second", "warnings", "versions", "device", "arithmetic",
 }  # fmt: skip
 
 

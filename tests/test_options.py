@@ -208,7 +208,7 @@ FLAGS = {
         source_file""",
     "training": """num_epochs train_batch_size eval_batch_size lr step_lr sched warmup_epochs lr_gamma optimizer lr_decay_step
         lr_decay_steps momentum weight_decay seed""",
-    "run": """job_dir resume reset start_task from test_only device gpus compile amp deterministic checkpoint_seconds keep_checkpoints on_nan print_freq eval_every
+    "run": """job_dir resume reset start_task from test_only device gpus compile amp tf32 deterministic checkpoint_seconds keep_checkpoints on_nan print_freq eval_every
         list""",
     "accepted from the original, without effect": "stage refine random keep_grad lam lam2 act_range mask_step",
     "quantizer proxq": "proxq_c proxq_learn_c",

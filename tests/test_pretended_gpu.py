@@ -24,7 +24,9 @@ from lifequant import train as training
 from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint
 from lifequant.data import augment, task
+from lifequant.methods import importance
 from lifequant.models.resnet import ResNet
+from lifequant.results import results
 from lifequant.training import history
 from lifequant.training.run import Run
 
@@ -182,3 +184,38 @@ def test_finds_a_state_left_on_the_cpu(method, tiny, tmp_path):
         pretended_gpu(),
     ):
         train(tiny, tmp_path / "run", device="cuda", resume=True, **flags)
+
+
+@pytest.fixture
+def backend_flags():
+    """What a run on a GPU sets has its former values afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    former = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = former
+
+
+@pytest.mark.parametrize(("flags", "used"), [({}, "tf32"), ({"tf32": False}, "float32"), ({"amp": "bf16"}, "bfloat16")])
+def test_tf32(flags, used, tiny, tmp_path, monkeypatch, backend_flags):
+    """A training step may use it; evaluation and importances never do."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    seen: dict[str, set[bool]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, set()).update(backend.allow_tf32 for backend in backends)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watch(training, "training_step")
+    watch(results, "evaluate")
+    watch(importance, "image_means")
+    with pretended_gpu():
+        found = train(tiny, tmp_path / "run", device="cuda", **small({"method": "ours", **flags}))
+    stepped = flags.get("tf32", True)
+    assert seen == {"training_step": {stepped}, "evaluate": {False}, "image_means": {False}}
+    assert found["arithmetic"] == {"training": used, "evaluation": "float32"} and found["device"] == "pretended"
+    assert torch.backends.cudnn.benchmark

@@ -91,7 +91,10 @@ class Run:
         ]
 
 
-ADDED = {"optimizer": "sgd"}  # settings that came later: at these values a run keeps the key that it had before them
+ADDED = {
+    "optimizer": "sgd",
+    "tf32": True,
+}  # settings that came later: at these values a run keeps the key that it had before them
 
 
 def digest(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lifequant.checkpointing import checkpoint, run_folder
@@ -20,6 +21,7 @@ from lifequant.results import curves, schema
 from lifequant.results.run_warnings import warn_of, warn_of_one_code
 from lifequant.results.table import table
 from lifequant.results.versions import versions
+from lifequant.runtime.device import arithmetic
 from lifequant.training import progress
 from lifequant.training.divergence import refuse_nonfinite, stop_at_last_checkpoint
 from lifequant.training.history import means
@@ -167,6 +169,8 @@ def assemble(run: Run) -> dict[str, Any]:
         "seconds": round(history["seconds"], 3),
         "seconds_by_part": {name: round(seconds, 3) for name, seconds in history["seconds_by_part"].items()},
         "images_per_second": run.timer.images_per_second(),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "arithmetic": {"training": arithmetic(run.config, run.device), "evaluation": "float32"},
         "warnings": run.log.warnings,
         "skipped_steps": history.get("skipped", {}).get("steps", 0),
         "versions": versions(),

@@ -42,7 +42,33 @@ def pick_device(config: Config) -> torch.device:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
     torch.cuda.set_device(index)  # what names no index would else open a context on GPU 0
+    torch.backends.cudnn.benchmark = not config.deterministic  # all steps have the same shapes
+    _allow_tf32(False)
     return torch.device("cuda", index)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """With ``wanted``, a GPU may compute convolutions and products in TF32 inside; ``pick_device`` forbids it elsewhere."""
+    if not wanted:
+        yield
+        return
+    _allow_tf32(True)
+    try:
+        yield
+    finally:
+        _allow_tf32(False)
+
+
+def arithmetic(config: Config, device: torch.device) -> str:
+    """What the convolutions of a training step compute in: bfloat16, tf32 or float32."""
+    if config.amp == "bf16":
+        return "bfloat16"
+    return "tf32" if config.tf32 and device.type == "cuda" else "float32"
 
 
 @contextmanager
