@@ -1,0 +1,82 @@
+"""The rows of scripts/gpu_check.py, and the Markdown report that they make."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lifequant.common.errors import one_line
+
+OK, FAULT, SKIPPED, MEASURED = "ok", "FAULT", "skipped", "measured"
+LAST_LINES = 12  # of a command's output, where its check isn't ok
+LEGEND = (
+    "`ok`: it works as it should. `FAULT`: it does not, see the details. `measured`: a figure, neither good nor bad. "
+    "`skipped`: not checked, the text says why."
+)
+
+
+@dataclass
+class Call:
+    """A command that was run: its words, the variables set for it, exit code (None: stopped), output, seconds."""
+
+    words: Sequence[str]
+    variables: dict[str, str] = field(default_factory=dict)
+    code: int | None = None
+    out: str = ""
+    err: str = ""
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """As one types it."""
+        return shlex.join([*(f"{name}={value}" for name, value in self.variables.items()), *self.words])
+
+    def last_lines(self) -> list[str]:
+        """Of stdout, then of stderr, which says what went wrong."""
+        return [line for text in (self.out, self.err) for line in text.splitlines() if line.strip()][-LAST_LINES:]
+
+
+@dataclass
+class Row:
+    """A line of the report. ``more`` is Markdown for its details."""
+
+    name: str
+    verdict: str
+    text: str
+    seconds: float = 0.0
+    calls: Sequence[Call] = ()
+    more: str = ""
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines."""
+    lines = ["| check | verdict | what was found | s |", "|---|---|---|---:|"]
+    for row in rows:
+        lines.append(f"| {row.name} | {row.verdict} | {one_line(row.text).replace('|', '/')} | {row.seconds:.0f} |")
+    return lines
+
+
+def details(row: Row) -> list[str]:
+    """Markdown lines: the commands, and what they said last where the row isn't ok."""
+    lines = [f"### {row.name}: {row.verdict}", ""]
+    if row.calls:
+        lines += ["```shell", *(call.line() for call in row.calls), "```", ""]
+    if row.verdict == FAULT:
+        # Of many commands those that failed are of interest, and where all ended well the last one.
+        failed = [call for call in row.calls if call.code != 0] or list(row.calls[-1:])
+        for call in failed:
+            code = "it was stopped" if call.code is None else f"exit code {call.code}"
+            lines += [f"Last lines of `{call.line()}` ({code}, {call.seconds:.0f} s):", ""]
+            lines += ["```", *map(one_line, call.last_lines()), "```", ""]
+    return [*lines, *([row.more, ""] if row.more else [])]
+
+
+def markdown(heading: Sequence[str], rows: Sequence[Row], left: Sequence[str]) -> str:
+    """The whole report. ``left``: names of checks that are still to come."""
+    lines = ["# LifeQuant on a GPU", "", *(f"- {line}" for line in heading), "", LEGEND, "", *table(rows), ""]
+    if left:
+        lines += [f"Still to come: {', '.join(left)}.", ""]
+    lines += ["## Details", ""]
+    for row in rows:
+        lines += details(row) if row.calls or row.more else []
+    return "\n".join(lines).rstrip() + "\n"
