@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that was not installed
@@ -26,8 +26,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # finds a clone that 
 import torch
 from benchmarking.report import processor
 from gpu_checking import report
-from gpu_checking.checks import CHECKS, run_check
-from gpu_checking.site import Site
+from gpu_checking.checks import CHECKS, Found
+from gpu_checking.site import Failed, Site, TimeUp
 
 import lifequant
 from lifequant.common.arguments import Parser, real, run_main
@@ -51,18 +51,41 @@ def heading(argv: Sequence[str], args, site: Site) -> list[str]:
         f"machine: {processor()}, {os.cpu_count()} cores",
         f"versions: lifequant {lifequant.__version__} (commit {commit()}), torch {torch.__version__}, "
         f"Python {sys.version.split()[0]}",
-        f"command: `bash scripts/gpu_check.sh {shlex.join(argv)}`".replace(" `", "`"),
+        f"command: `{shlex.join(['bash', 'scripts/gpu_check.sh', *argv])}`",
     ]
 
 
-def run_checks(site: Site, argv: Sequence[str], args, checks=CHECKS) -> list[report.Row]:
-    """All rows; the report is written after each."""
+def run_check(name: str, check: Callable[[Site], Found], site: Site) -> report.Row:
+    """The check's row, whatever happens in it."""
+    site.calls = []
+    began = time.monotonic()
+    more = ""
+    try:
+        verdict, text, *rest = check(site)
+        more = "".join(rest)
+    except TimeUp as up:
+        verdict, text = report.SKIPPED, str(up)
+    except Failed as failed:
+        verdict, text = report.FAULT, str(failed)
+    except Exception as error:
+        verdict, text = report.FAULT, f"the check itself failed: {type(error).__name__}: {error}"
+    return report.Row(name, verdict, text, time.monotonic() - began, site.calls, more)
+
+
+def run_checks(site: Site, argv: Sequence[str], args) -> list[report.Row]:
+    """All rows; the report is written before the first and after each."""
     rows: list[report.Row] = []
-    for number, (name, check) in enumerate(checks, start=1):
-        print(f"{number} of {len(checks)}: {name} ({max(site.left(), 0):.0f} s left)", flush=True)
+
+    def write() -> None:
+        still = [name for name, _ in CHECKS[len(rows) :]]
+        names = {str(site.folder): "work", sys.executable: "python"}
+        write_all({args.out: report.markdown(heading(argv, args, site), rows, still, names)})
+
+    write()
+    for name, check in CHECKS:
+        print(f"{len(rows) + 1} of {len(CHECKS)}: {name} ({max(site.left(), 0):.0f} s left)", flush=True)
         rows.append(run_check(name, check, site))
-        still = [name for name, _ in checks[number:]]
-        write_all({args.out: report.markdown(heading(argv, args, site), rows, still)})
+        write()
     return rows
 
 
@@ -78,7 +101,8 @@ def main(argv: Sequence[str]) -> int:
             f"--out {args.out}: this is a folder: give the name of a file, like {args.out / 'gpu_check.md'}"
         )
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA GPU here: --device cpu goes through the same checks in small, on the CPU")
+        why = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
+        raise UserError(f"torch finds no CUDA GPU here{why}: --device cpu tries the same checks in small, on the CPU")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no command outlives this one
     folder = Path(tempfile.mkdtemp(prefix="lifequant-gpu-check-"))
     site = Site(folder, args.device, time.monotonic() + 60 * args.minutes)

@@ -1,6 +1,6 @@
 """The checks of scripts/gpu_check.py. Each takes a Site and returns (verdict, text) or (verdict, text, Markdown for the details).
 
-A check that can't go on raises Failed, TimeUp or whatever happens to it; run_check makes a row of it.
+A check that can't go on raises Failed, TimeUp or whatever happens to it; gpu_check.py makes a row of it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import math
 import os
 import re
 import sys
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gpu_checking.report import FAULT, MEASURED, OK, SKIPPED, Row
-from gpu_checking.site import TOP, Failed, Site, TimeUp, last_line
+from gpu_checking.report import FAULT, MEASURED, OK, SKIPPED
+from gpu_checking.site import Failed, Site, TimeUp, last_line
 from lifequant import registry
 from lifequant.common.text import duration
 
@@ -26,27 +25,13 @@ KILLED_AT = "checkpoint:18"  # its eighteenth writing: after a few steps of task
 EPOCHS = 50  # a task in the paper's run, as scripts/paper_run.py has it
 CLASSES = {"cuda": 100, "cpu": 10}  # of the run of the paper's size
 GIB, MIB = 2**30, 2**20
-BREAK, RECOMPILED = re.compile(r"Graph break .*in user code"), re.compile(r"Recompiling function (\w+)")
-NO_GRAPH = re.compile(r"skipping cudagraphs due to ([^\n]*)")
+# What torch writes to its log of a step that is not one graph, is compiled once more, or runs without its CUDA graph.
+BREAK = re.compile(r"\[__graph_breaks\] Graph break\b")
+RECOMPILED = re.compile(r"\[__recompiles\] Recompiling function (\S+)")
+NO_GRAPH = re.compile(r"(?:skipping cudagraphs due to|Unable to hit fast path of CUDAGraphs because) ([^\n]*)")
+NOT_CAPTURED = re.compile(r"graph partitions: \d+ cudagraphable, ([1-9]\d*) non-cudagraphable")
 LOGS = {"TORCH_LOGS": "graph_breaks,recompiles,cudagraphs,perf_hints"}
 COMPILED = {"name": "ours_compiled", "variables": LOGS, "method": "ours", "compile": "on"}
-
-
-def run_check(name: str, check: Callable[[Site], Found], site: Site) -> Row:
-    """The check's row, whatever happens in it."""
-    site.calls = []
-    began = time.monotonic()
-    more = ""
-    try:
-        verdict, text, *rest = check(site)
-        more = "".join(rest)
-    except TimeUp as up:
-        verdict, text = SKIPPED, str(up)
-    except Failed as failed:
-        verdict, text = FAULT, str(failed)
-    except Exception as error:
-        verdict, text = FAULT, f"the check itself failed: {type(error).__name__}: {error}"
-    return Row(name, verdict, text, time.monotonic() - began, site.calls, more)
 
 
 def check_machine(site: Site) -> Found:
@@ -82,13 +67,15 @@ def check_compiled(site: Site) -> Found:
     text += f"{len(again)} recompilations" + (f" ({', '.join(sorted(set(again)))})" if again else "")
     if site.gpu:
         text += f", {len(skips)} times without CUDA graphs" + (f" ({skips[0].strip()})" if skips else "")
+        parts = sum(map(int, NOT_CAPTURED.findall(call.err)))
+        text += f", {parts} parts of graphs outside of CUDA graphs" if parts else ""
     return (FAULT if breaks or skips else OK), text
 
 
 def check_tests(site: Site) -> Found:
     """The tests that need a GPU."""
     file = site.folder / "tests.xml"
-    words = ["-m", "pytest", "-q", "-m", "skipif", "tests/test_precision.py", "-p", "no:cacheprovider", "-n", "0"]
+    words = ["-m", "pytest", "-q", "-m", "skipif", "tests/test_precision.py", "-p", "no:cacheprovider"]
     call = site.call(sys.executable, *words, "--junitxml", file, codes=(0, 1))
     suite = ElementTree.parse(file).getroot().find("testsuite")
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
@@ -97,7 +84,7 @@ def check_tests(site: Site) -> Found:
     text = f"{passed} of {counts['tests']} passed, {wrong} failed, {counts['skipped']} skipped"
     if wrong or call.code:
         return FAULT, f"{text}: {last_line(call)}"
-    return (OK, text) if passed else (SKIPPED, f"{text}, since they need a GPU")
+    return (OK, text) if passed else (SKIPPED, f"all {counts['skipped']} are skipped, since they need a GPU")
 
 
 def ordered() -> list[str]:
@@ -169,7 +156,7 @@ def check_resume(site: Site) -> Found:
     if not where:
         return FAULT, "the second run did not go on where the first one was killed, but began anew"
     found = compare(site, "killed", whole)
-    text = f"killed by SIGKILL while a checkpoint was written, resumed at {where[1]}"
+    text = f"an uncompiled run was killed by SIGKILL while a checkpoint was written, resumed at {where[1]}"
     if found:
         return FAULT, f"{text}; it differs from the whole run in {len(found)} places, first in {found[0]}"
     return OK, f"{text}; all checkpoints, results and curves are those of the whole run, bit for bit"
@@ -181,7 +168,7 @@ def check_deterministic(site: Site) -> Found:
     site.train("again", method="ours", deterministic=True)
     if found := compare(site, "again", whole):
         return FAULT, f"two runs with --deterministic differ in {len(found)} places, first in {found[0]}"
-    return OK, "two runs with --deterministic have the same checkpoints, results and curves, bit for bit"
+    return OK, "two uncompiled runs with --deterministic have the same checkpoints, results and curves, bit for bit"
 
 
 def check_same_losses(site: Site) -> Found:
@@ -192,7 +179,7 @@ def check_same_losses(site: Site) -> Found:
     losses = []
     for number in (1, 2):
         file = site.folder / f"losses{number}.json"
-        site.call(sys.executable, TOP / "scripts" / "loss_curve.py", "--out", file, f"--flags={' '.join(flags)}")
+        site.call(sys.executable, "scripts/loss_curve.py", "--out", file, f"--flags={' '.join(flags)}")
         losses.append(json.loads(file.read_text(encoding="utf-8")))
     pairs = list(zip(*losses, strict=True))
     same = next((step for step, (a, b) in enumerate(pairs) if a != b), len(pairs))
@@ -237,7 +224,7 @@ def check_speed(site: Site) -> Found:
     rows = [f"float_{kind}", f"lsq_{kind}", f"ours_{kind}", "ours_eager", "brevitas", "published_scheme"]
     file = site.folder / "speed.json"
     words = ["--rows", ",".join(dict.fromkeys(rows)), *sizes, "--device", site.device, "--json", file]
-    call = site.call(sys.executable, TOP / "scripts" / "benchmark.py", *words, codes=(0, 2))
+    call = site.call(sys.executable, "scripts/benchmark.py", *words, codes=(0, 2))
     if not file.exists():
         raise Failed(last_line(call))
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -247,7 +234,7 @@ def check_speed(site: Site) -> Found:
     text = f"images/s of steps: {', '.join(speeds)}; ratios within rounds: {', '.join(ratios)}"
     text = "; ".join([text, *missing])
     failed = any(why.startswith("failed") for why in found["not_there"].values())
-    return (FAULT if failed else MEASURED), text, "\n".join(line for line in call.out.splitlines() if line[:1] == "|")
+    return (FAULT if failed else MEASURED), text, call.out[call.out.index("| row") :].strip()
 
 
 def check_paper(site: Site) -> Found:
@@ -259,7 +246,7 @@ def check_paper(site: Site) -> Found:
             (images / side / f"{number:02d}").symlink_to(source / side / str(number % 10))
     flags = f"--device {site.device} --cache_dir {site.folder / 'cache'}"
     flags += " --compile on" if site.gpu else " --compile off --image_size 8 --num_tasks 2"
-    job, script = site.folder / "paper", TOP / "scripts" / "paper_run.py"
+    job, script = site.folder / "paper", "scripts/paper_run.py"
     site.call(sys.executable, script, "--images", images, "--job_dir", job, "--num_epochs", 2, f"--flags={flags}")
     return MEASURED, extrapolated(site.results("paper/run"), site.gpu)
 

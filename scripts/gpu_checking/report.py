@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lifequant.common.errors import one_line
@@ -26,14 +26,26 @@ class Call:
     out: str = ""
     err: str = ""
     seconds: float = 0.0
+    bad: bool = False  # it ended otherwise than it should
 
-    def line(self) -> str:
-        """As one types it."""
-        return shlex.join([*(f"{name}={value}" for name, value in self.variables.items()), *self.words])
+    def line(self, names: Mapping[str, str]) -> str:
+        """As one types it, with ``names`` {path: shell variable} put in."""
+        set_before = [f"{name}={value}" for name, value in self.variables.items()]
+        return " ".join(quoted(word, names) for word in [*set_before, *self.words])
 
     def last_lines(self) -> list[str]:
         """Of stdout, then of stderr, which says what went wrong."""
         return [line for text in (self.out, self.err) for line in text.splitlines() if line.strip()][-LAST_LINES:]
+
+
+def quoted(word: str, names: Mapping[str, str]) -> str:
+    """For a shell. Where a name is put in, double quotes stand for single ones, so that it is replaced."""
+    new = word
+    for path, name in names.items():
+        new = new.replace(path, f"${name}")
+    if shlex.quote(word) == word:
+        return new
+    return shlex.quote(word) if new == word else f'"{new}"'
 
 
 @dataclass
@@ -56,27 +68,28 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def details(row: Row) -> list[str]:
+def details(row: Row, names: Mapping[str, str]) -> list[str]:
     """Markdown lines: the commands, and what they said last where the row isn't ok."""
     lines = [f"### {row.name}: {row.verdict}", ""]
     if row.calls:
-        lines += ["```shell", *(call.line() for call in row.calls), "```", ""]
+        lines += ["```shell", *(call.line(names) for call in row.calls), "```", ""]
     if row.verdict == FAULT:
         # Of many commands those that failed are of interest, and where all ended well the last one.
-        failed = [call for call in row.calls if call.code != 0] or list(row.calls[-1:])
-        for call in failed:
+        for call in [call for call in row.calls if call.bad] or list(row.calls[-1:]):
             code = "it was stopped" if call.code is None else f"exit code {call.code}"
-            lines += [f"Last lines of `{call.line()}` ({code}, {call.seconds:.0f} s):", ""]
+            lines += [f"The last lines ({code}, {call.seconds:.0f} s) of", "", f"`{call.line(names)}`", ""]
             lines += ["```", *map(one_line, call.last_lines()), "```", ""]
     return [*lines, *([row.more, ""] if row.more else [])]
 
 
-def markdown(heading: Sequence[str], rows: Sequence[Row], left: Sequence[str]) -> str:
-    """The whole report. ``left``: names of checks that are still to come."""
+def markdown(heading: Sequence[str], rows: Sequence[Row], left: Sequence[str], names: Mapping[str, str]) -> str:
+    """The whole report. ``left``: checks that are still to come; ``names``: {path: shell variable} for the commands."""
     lines = ["# LifeQuant on a GPU", "", *(f"- {line}" for line in heading), "", LEGEND, "", *table(rows), ""]
     if left:
         lines += [f"Still to come: {', '.join(left)}.", ""]
-    lines += ["## Details", ""]
+    if any(row.calls for row in rows):
+        lines += ["## Details", "", "The commands were run in the clone's folder, with", "", "```shell"]
+        lines += [*(f"{name}={shlex.quote(path)}" for path, name in names.items()), "```", ""]
     for row in rows:
-        lines += details(row) if row.calls or row.more else []
+        lines += details(row, names) if row.calls or row.more else []
     return "\n".join(lines).rstrip() + "\n"

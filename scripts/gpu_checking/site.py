@@ -20,8 +20,8 @@ from lifequant.common.errors import one_line
 from lifequant.common.safe_files import short
 
 TOP = Path(__file__).resolve().parents[2]
-MAIN = TOP / "resnet-20-cifar-10" / "main.py"
-MAKE = TOP / "lifelong_data_generation"
+MAIN = "resnet-20-cifar-10/main.py"  # from the clone's top, where commands are run
+MAKE = "lifelong_data_generation"
 LIMIT = 240  # seconds for one command; more is a hang
 LEAST = 5  # seconds that must be left to start one
 SMALL = {"train_batch_size": 64, "num_epochs": 1}
@@ -76,6 +76,7 @@ class Site:
             finally:
                 kill(process)
                 self._running.discard(process)
+                call.bad = call.code not in codes
                 call.seconds = time.monotonic() - began
                 for name, file in (("out", out), ("err", err)):
                     file.seek(0)
@@ -95,7 +96,7 @@ class Site:
 
     def worker(self, *words: object) -> Any:
         """What a command of workers.py answers."""
-        call = self.call(sys.executable, "-W", "ignore", Path(__file__).with_name("workers.py"), *words)
+        call = self.call(sys.executable, "-W", "ignore", "scripts/gpu_checking/workers.py", *words)
         return json.loads(call.out.splitlines()[-1])
 
     def digits(self) -> Path:
@@ -103,10 +104,10 @@ class Site:
         images = self.folder / "digits"
         with self._one:
             if not (self.folder / "csv" / "digits_test1.csv").exists():
-                self.call(sys.executable, MAKE / "prepare_images.py", "--dataset", "digits", "--out", images)
+                self.call(sys.executable, f"{MAKE}/prepare_images.py", "--dataset", "digits", "--out", images)
                 for source in ("train", "test"):
                     self.call(
-                        sys.executable, MAKE / "lifeLongDataGeneator.py", "--data_dir", images, "--output_csv",
+                        sys.executable, f"{MAKE}/lifeLongDataGeneator.py", "--data_dir", images, "--output_csv",
                         "digits.csv", "--num_tasks", 2, "--diminish_rate", 100, "--source", source, "--output_dir",
                         self.folder / "csv",
                     )  # fmt: skip
