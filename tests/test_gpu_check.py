@@ -114,7 +114,7 @@ def test_what_comes_too_late_is_left_out(checked):
 def test_a_hang_is_a_fault_and_the_end_of_the_time_is_none(place, monkeypatch):
     """Whatever the command has started dies with it."""
     forks = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
-    child = f"import time; time.sleep(3); open({str(place.folder / 'alive')!r}, 'w')"
+    child = f"import time; time.sleep(1.5); open({str(place.folder / 'alive')!r}, 'w')"
     with pytest.raises(Failed, match="no end after 1 s: it said nothing"):
         place.call(sys.executable, "-c", forks, child, limit=1)
     assert place.calls[0].bad and place.calls[0].code is None
@@ -122,7 +122,7 @@ def test_a_hang_is_a_fault_and_the_end_of_the_time_is_none(place, monkeypatch):
     place.deadline = time.monotonic() + 1
     with pytest.raises(TimeUp, match="the time was up 1 s after its start"):
         place.call(sys.executable, "-c", "import time; time.sleep(60)")
-    time.sleep(2.5)
+    time.sleep(0.7)
     assert not (place.folder / "alive").exists()
 
 
@@ -160,10 +160,14 @@ log_cudagraph_skip_and_bump_counter("skipping cudagraphs due to cpu device")
 @pytest.mark.parametrize(
     ("log", "verdict", "words"),
     [
-        ("", report.OK, "0 graph breaks, 0 recompilations, 0 times without CUDA graphs"),
+        ("", report.OK, "0 graph breaks, 0 recompilations, CUDA graphs skipped 0 times"),
         ("V [0/0] [__graph_breaks] Graph break in user code at a.py:1", report.FAULT, "1 graph breaks"),
         ("V [0/1] [__recompiles] Recompiling function f in a.py:1", report.OK, "1 recompilations (f)"),
-        ("W [__cudagraphs] skipping cudagraphs due to cpu device (x)\n", report.FAULT, "CUDA graphs (cpu device (x))"),
+        (
+            "W [__cudagraphs] skipping cudagraphs due to cpu device (x)\n",
+            report.FAULT,
+            "skipped 1 times (cpu device (x))",
+        ),
     ],
 )
 def test_compiled_step(place, monkeypatch, log, verdict, words):
@@ -171,14 +175,14 @@ def test_compiled_step(place, monkeypatch, log, verdict, words):
     monkeypatch.setattr(place, "train_once", lambda **how: Call([], {}, 0, "", log, 9))
     monkeypatch.setattr(place, "results", lambda name: {"time_share": {"compile_seconds": 5.0}})
     found = checks.check_compiled(place)
-    assert found[0] == verdict and words in found[1]
+    assert found[0] == verdict and words in found[1] and (verdict == report.OK or log.strip() in found[2])
     monkeypatch.setattr(place, "results", lambda name: {"time_share": {"compile_seconds": 0.0}})
     assert checks.check_compiled(place)[0] == report.FAULT
 
 
 def test_methods(place, monkeypatch):
     """Ours comes first; what fails is named with its reason, what the time does not allow is named."""
-    errors = {"ewc": Failed("exit code 1: no"), "si": TimeUp("no time left")}
+    errors = {"ewc": Failed("exit code 1: no"), "mas": Failed("exit code 1: no"), "si": TimeUp("no time left")}
     begun = []
 
     def train(name: str, method: str, **how: str) -> None:
@@ -190,10 +194,10 @@ def test_methods(place, monkeypatch):
     verdict, text = checks.check_methods(place)
     count = len(checks.ordered())
     assert verdict == report.FAULT and checks.ordered()[0] == "ours" and set(begun) == set(checks.ordered())
-    assert text.startswith(f"{count - 2} of {count} methods") and text.endswith(
-        "; ewc: exit code 1: no; no time left for si"
+    assert text.startswith(f"{count - 3} of {count} methods") and text.endswith(
+        "; ewc, mas: exit code 1: no; no time left for si"
     )
-    del errors["ewc"]
+    del errors["ewc"], errors["mas"]
     assert checks.check_methods(place)[0] == report.OK
 
 

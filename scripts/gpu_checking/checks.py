@@ -18,12 +18,14 @@ from typing import Any
 from gpu_checking.report import FAULT, MEASURED, OK, SKIPPED
 from gpu_checking.site import Failed, Site, TimeUp, last_line
 from lifequant import registry
+from lifequant.common.errors import one_line
 from lifequant.common.text import duration
 
 Found = tuple[str, str] | tuple[str, str, str]
 KILLED_AT = "checkpoint:18"  # its eighteenth writing: after a few steps of task 1, since one is written after each step
 EPOCHS = 50  # a task in the paper's run, as scripts/paper_run.py has it
 CLASSES = {"cuda": 100, "cpu": 10}  # of the run of the paper's size
+PLACES = 3
 GIB, MIB = 2**30, 2**20
 # What torch writes to its log of a step that is not one graph, is compiled once more, or runs without its CUDA graph.
 BREAK = re.compile(r"\[__graph_breaks\] Graph break\b")
@@ -66,10 +68,17 @@ def check_compiled(site: Site) -> Found:
     text = f"ours learned two tasks in {call.seconds:.0f} s, {seconds:.0f} s of them to compile: {len(breaks)} graph breaks, "
     text += f"{len(again)} recompilations" + (f" ({', '.join(sorted(set(again)))})" if again else "")
     if site.gpu:
-        text += f", {len(skips)} times without CUDA graphs" + (f" ({skips[0].strip()})" if skips else "")
+        text += f", CUDA graphs skipped {len(skips)} times" + (f" ({skips[0].strip()})" if skips else "")
         parts = sum(map(int, NOT_CAPTURED.findall(call.err)))
-        text += f", {parts} parts of graphs outside of CUDA graphs" if parts else ""
-    return (FAULT if breaks or skips else OK), text
+        text += f", {parts} parts of graphs are outside of CUDA graphs" if parts else ""
+    return (FAULT if breaks or skips else OK), text, quoted_log(call.err)
+
+
+def quoted_log(log: str) -> str:
+    """The first few places where torch says why a step is not one graph or has no CUDA graph, as Markdown."""
+    lines = log.splitlines()
+    places = [index for index, line in enumerate(lines) if BREAK.search(line) or NO_GRAPH.search(line)][:PLACES]
+    return "\n\n".join("\n".join(["```", *map(one_line, lines[at : at + 12]), "```"]) for at in places)
 
 
 def check_tests(site: Site) -> Found:
@@ -116,11 +125,12 @@ def short_runs(site: Site, compile: str) -> Found:
         except BaseException:
             site.stop()
             raise
-    wrong = [f"{name}: {text}" for name, text in ended.items() if text]
+    reasons = sorted(set(filter(None, ended.values())))
+    wrong = [name for name in names if ended.get(name)]
     left_out = [name for name in names if name not in ended]
     text = f"{len(ended) - len(wrong)} of {len(names)} methods finish two tasks and leave results.json"
     if wrong:
-        text += f"; {'; '.join(wrong)}"
+        text += "".join(f"; {', '.join(name for name in wrong if ended[name] == why)}: {why}" for why in reasons)
     if left_out:
         text += f"; no time left for {', '.join(left_out)}"
     return (FAULT if wrong else OK if ended else SKIPPED), text

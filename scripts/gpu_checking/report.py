@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,11 @@ class Call:
         """As one types it, with ``names`` {path: shell variable} put in."""
         set_before = [f"{name}={value}" for name, value in self.variables.items()]
         return " ".join(quoted(word, names) for word in [*set_before, *self.words])
+
+    def ending(self) -> str:
+        if self.code is None:
+            return "it was stopped"
+        return f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
 
     def last_lines(self) -> list[str]:
         """Of stdout, then of stderr, which says what went wrong."""
@@ -76,8 +82,7 @@ def details(row: Row, names: Mapping[str, str]) -> list[str]:
     if row.verdict == FAULT:
         # Of many commands those that failed are of interest, and where all ended well the last one.
         for call in [call for call in row.calls if call.bad] or list(row.calls[-1:]):
-            code = "it was stopped" if call.code is None else f"exit code {call.code}"
-            lines += [f"The last lines ({code}, {call.seconds:.0f} s) of", "", f"`{call.line(names)}`", ""]
+            lines += [f"The last lines ({call.ending()}, {call.seconds:.0f} s) of", "", f"`{call.line(names)}`", ""]
             lines += ["```", *map(one_line, call.last_lines()), "```", ""]
     return [*lines, *([row.more, ""] if row.more else [])]
 

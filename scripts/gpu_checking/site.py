@@ -29,7 +29,11 @@ SIZE = {"cuda": 32, "cpu": 8}  # pixels a side
 
 
 class Failed(Exception):
-    """A command did not do what it should; the message is the row's text."""
+    """A command did not do what it should; the message is the row's text. ``call`` is the command, where there is one."""
+
+    def __init__(self, text: str, call: Call | None = None) -> None:
+        super().__init__(text)
+        self.call = call
 
 
 class TimeUp(Exception):
@@ -43,7 +47,7 @@ class Site:
         self.folder, self.device, self.deadline = folder, device, deadline
         self.calls: list[Call] = []  # of the check at work
         self.machine: dict[str, Any] = {}  # what the first check has found
-        self._made: dict[str, Call | Exception] = {}
+        self._made: dict[str, Call | Failed] = {}
         self._running: set[subprocess.Popen] = set()
         self._one = RLock()
 
@@ -84,9 +88,9 @@ class Site:
         if call.code is None:
             if patience < limit:
                 raise TimeUp(f"the time was up {call.seconds:.0f} s after its start (--minutes gives more)")
-            raise Failed(f"no end after {limit:.0f} s: {last_line(call)}")
+            raise Failed(f"no end after {limit:.0f} s: {last_line(call)}", call)
         if call.code not in codes:
-            raise Failed(f"exit code {call.code}: {last_line(call)}")
+            raise Failed(f"{call.ending()}: {last_line(call)}", call)
         return call
 
     def stop(self) -> None:
@@ -135,10 +139,11 @@ class Site:
             except Failed as failed:
                 self._made[name] = failed
         found = self._made[name]
-        if isinstance(found, Exception):
+        call = found.call if isinstance(found, Failed) else found
+        if call and all(call is not one for one in self.calls):
+            self.calls.append(call)
+        if isinstance(found, Failed):
             raise found
-        if found not in self.calls:
-            self.calls.append(found)
         return found
 
     def results(self, name: str) -> dict[str, Any]:
