@@ -126,6 +126,26 @@ def test_a_hang_is_a_fault_and_the_end_of_the_time_is_none(place, monkeypatch):
     assert not (place.folder / "alive").exists()
 
 
+def test_an_interruption_ends_what_runs(place, monkeypatch):
+    """The methods that wait for their turn do not begin."""
+
+    def train(name: str, **how: str) -> None:
+        place.call(sys.executable, "-c", "import time; time.sleep(60)")
+
+    def interrupted(self, work: Callable, names: list[str]) -> None:
+        futures = [self.submit(work, name) for name in names]
+        time.sleep(0.5)
+        assert not any(future.done() for future in futures)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, "train", train)
+    monkeypatch.setattr(checks.ThreadPoolExecutor, "map", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        checks.check_methods(place)
+    assert time.monotonic() - began < 10 and {call.code for call in place.calls} == {-9}
+
+
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run_main(gpu_check.main, ["--out", str(tmp_path / "report.md")]) == 2

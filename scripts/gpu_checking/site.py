@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -94,7 +95,8 @@ class Site:
         return call
 
     def stop(self) -> None:
-        """Kill what is running."""
+        """Kill what is running, and start nothing more."""
+        self.deadline = -math.inf
         for process in list(self._running):
             kill(process)
 
