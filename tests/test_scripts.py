@@ -69,7 +69,7 @@ def run(clone: Path, active: Path | None, script: str | None = None, **more: str
 CHOOSE = "set -euo pipefail; source scripts/_common.sh; use_environment; echo uses $python"
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "gpu_check.sh"])
 @pytest.mark.parametrize("origin", ["file:///somewhere/other%20clone", ""], ids=["clone", "wheel"])
 def test_another_installation_is_never_replaced(script, origin, made, clone, tmp_path):
     """Neither an editable one nor a wheel: they say what is there and what to do, and stop."""

@@ -234,6 +234,7 @@ def test_the_key_is_of_what_decides(tmp_path):
         (("[flags]", "[flag]"), "unknown part 'flag'; did you mean 'flags'?"),
         (("num_tasks = 2", 'num_tasks = "2"'), "[tasks] needs num_tasks, a number"),
         (("num_tasks = 2", 'num_tasks = 2\ntask_seed = "run"'), '[tasks] task_seed = "run": give a number, or "seed"'),
+        (("diminish_rate = 100", "diminish_rate = 0"), "[tasks] diminish_rate: '0' is no share"),
         (("num_epochs = 1", "num_epoch = 1"), "replay/seed0: unknown flag --num_epoch"),
         (("lr = 1e30", 'job_dir = "x"'), "bad/seed0: job_dir is the sweep's own to set"),
         (("replay_rate = 0.5", ""), "are the same run"),

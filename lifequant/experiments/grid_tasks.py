@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ def check(tasks: dict[str, Any], path: Path) -> None:
     for name, types in TASKS.items():
         if not isinstance(tasks.get(name), types if name in REQUIRED else (*types, type(None))):
             raise UserError(f"{path}: [tasks] needs {name}, a {'name' if types == (str,) else 'number'}")
+    try:
+        share(str(tasks["diminish_rate"]))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{path}: [tasks] diminish_rate: {error}") from None
     if unknown := sorted(set(tasks) - set(TASKS)):
         raise UserError(
             f"{path}: [tasks] has {unknown[0]!r}{closest(unknown[0], list(TASKS))} (known: {', '.join(TASKS)})"
