@@ -44,22 +44,22 @@ ALONE = (
 )
 
 
-def losses(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(the loss, its terms by their names in ``run.term_names``, history.step_sums); the terms and sums are detached.
+def losses(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(the loss, its terms in the order of ``run.term_names``, history.step_sums), the latter two without gradients.
 
     This is the part of the step that torch.compile takes whole.
     """
     with run.autocast():
         logits = run.model(batch.x)
     logits = logits.float()
-    terms = {"task_loss": run.method.task_loss(logits, batch)}
+    terms = [run.method.task_loss(logits, batch)]
     if run.config.distill and batch.teacher is not None:
         old = distillation(logits, batch.teacher, run.old_classes, run.config.distill_temperature)
-        terms["distillation"] = run.config.distill * run.old_class_share * old
+        terms.append(run.config.distill * run.old_class_share * old)
     penalty = run.penalty.penalty(run.model) + run.penalty.output_penalty(logits, batch)
-    terms["penalty"] = run.config.ll_lambda * penalty
-    detached = {name: term.detach() for name, term in terms.items()}
-    return sum(terms.values()), detached, history.step_sums(logits.detach(), batch.y, detached)
+    terms.append(run.config.ll_lambda * penalty)
+    values = torch.stack([term.detach() for term in terms])
+    return sum(terms), values, history.step_sums(logits.detach(), batch.y, values)
 
 
 def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
@@ -73,7 +73,7 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
     loss, terms, sums = run.compiled_losses(batch) if run.compiled_losses else losses(run, batch)
     loss.backward()
     distributed.average_gradients(model)
-    if not run.finite_check.is_finite(list(terms.values()), factor * run.config.lr):
+    if not run.finite_check.is_finite(terms, factor * run.config.lr):
         return skip_step(run, batch, terms, save)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["highest_lr"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from lifequant.training.run import Run
 REMEDY = "a smaller --lr, --ll_lambda or --step_lr"
 
 
-def skip_step(run: Run, batch: Batch, terms: Mapping[str, Tensor], save: Callable[[Run], None]) -> Tensor:
+def skip_step(run: Run, batch: Batch, terms: Tensor, save: Callable[[Run], None]) -> Tensor:
     """Undo a step that is not finite and count it; returns sums of 0 (history.step_sums).
 
     With ``--on_nan stop``, and after ``nonfinite.MOST_IN_A_ROW`` skipped steps, ``save`` writes the state before the step,
@@ -23,7 +23,7 @@ def skip_step(run: Run, batch: Batch, terms: Mapping[str, Tensor], save: Callabl
     """
     where = f"task {run.data.ids[run.task_index]}, step {run.step}"
     with run.autocast():
-        why = nonfinite.diagnose(run.model, terms, batch.x)
+        why = nonfinite.diagnose(run.model, dict(zip(run.term_names, terms, strict=True)), batch.x)
     run.optimizer.zero_grad()
     run.finite_check.restore_buffers()
     skipped = run.history.get("skipped", {"steps": 0, "in_a_row": 0, "last": None})

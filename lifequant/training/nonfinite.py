@@ -44,14 +44,14 @@ class FiniteCheck:
             torch._foreach_copy_(self.buffers, self.saved)
 
     @torch.no_grad()
-    def is_finite(self, losses: list[Tensor], lr: float) -> bool:
+    def is_finite(self, losses: Tensor, lr: float) -> bool:
         """Whether the step may go on, after the backward pass; always True where the check is deferred."""
         if self.deferred:
             return True
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         weight = largest(self.parameters)
         after_update = weight + max(lr, 1.0) * (largest(gradients) + self.decay * weight)
-        others = largest([*(b for b in self.buffers if b.is_floating_point()), *losses])
+        others = largest([*(b for b in self.buffers if b.is_floating_point()), losses])
         number = distributed.total(torch.maximum(after_update, others))
         return number.item() <= LIMIT  # False for NaN
 

@@ -69,7 +69,7 @@ class Run:
         self.timer = Timer(self.history, began)
         self.writer = Writer()
         self.compiled = False  # decided when the run begins
-        self.compiled_losses: Callable[[Batch], tuple[Tensor, dict[str, Tensor], Tensor]] | None = None
+        self.compiled_losses: Callable[[Batch], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def steps_before(self, task_index: int) -> int:
         """Steps of the tasks before this one."""
