@@ -14,6 +14,7 @@ from support.tiny import train
 
 from lifequant import options, registry
 from lifequant import train as training
+from lifequant.models.resnet import ResNet
 from lifequant.qat.oscillations import Oscillations
 from lifequant.training.compiling import keep_in_place
 
@@ -117,3 +118,11 @@ def test_every_compilable_part_is_tested():
     parts = {name for kind in ("method", "penalty") for name in registry.names(kind)}
     named = {n for kind in ("method", "penalty") for n in registry.names(kind) if getattr(registry, kind)(n).compilable}
     assert parts > named == {"si", "rwalk", "proxq_step"}
+
+
+def test_a_compiled_float_run(tiny, tmp_path):
+    """By torch's own compiler: the task loss is the whole loss there, and keeps its gradient."""
+    with mock.patch.dict(registry._registered["model"], {"resnet8": partial(ResNet, 8)}):
+        flags = SMALL | {"method": "original", "bitW": 32, "target_model": "resnet8", "num_tasks": 1}
+        accuracies = [train(tiny, tmp_path / how, **flags, compile=how)["top1"] for how in ("on", "off")]
+    assert accuracies[0] == accuracies[1]
