@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lifequant.qat.layers import fake_quants, weight_layers
 from lifequant.qat.modes import preserve_state
-from lifequant.quantizers.base import FakeQuant
+from lifequant.quantizers.base import HALF, FakeQuant
 
 
 @contextmanager
@@ -51,5 +51,5 @@ def calibrate_weights(model: nn.Module) -> None:
 
 def calibrate_quantizer(quant: FakeQuant, x: Tensor) -> None:
     """Set one quantizer's scale from ``x`` and mark the quantizer as calibrated."""
-    quant.calibrate(x)
+    quant.calibrate(x.float() if x.dtype in HALF else x)
     quant.calibrated = True

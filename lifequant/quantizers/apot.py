@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, standardize
+from lifequant.quantizers.base import HALF, STEP_FLOOR, FakeQuant, Quantizer, high_quantile, standardize
 from lifequant.registry import register
 
 
@@ -58,6 +58,7 @@ class APoT(FakeQuant):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
+        x = x.float() if x.dtype in HALF else x
         return (self.nearest(self.scaled(x)) - self.zero).to(torch.int16)
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class APoTWeight(APoT):
         centered, std = standardize(x, self.channels)
         return x - centered + std * self.dequantize(u, x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         std = standardize(x.detach(), self.channels)[1]
         return self.broadcast_channels(self.alpha, x) * self.project(self.scaled(x)) + (x - x.detach()) / std
 
@@ -124,7 +125,7 @@ class APoTActivation(APoT):
     def scaled(self, x: Tensor) -> Tensor:
         return x / self.alpha
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         return self.alpha * self.project(self.scaled(x))
 
     @torch.no_grad()

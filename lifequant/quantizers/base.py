@@ -11,7 +11,7 @@ Only plain operations and no branch on data, so that torch.compile takes a whole
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +22,7 @@ from lifequant.common.errors import UserError
 
 STEP_FLOOR = 1e-6  # a step below it is a failure of the run, which reports it; without it a negative step flips signs
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 32)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def round_ste(u: Tensor) -> Tensor:
@@ -110,6 +111,12 @@ class FakeQuant(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        """``quantize(x)`` in the dtype of ``x``, computed in float32 where that is a half type: dividing in bfloat16 changes
+        3 % of 4-bit codes and 23 % of 8-bit ones, and a small step is 0 in float16."""
+        return self.quantize(x.float() if x.dtype in HALF else x).to(x.dtype)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float tensor -> the values that the network computes with, same shape."""
         u = self.to_codes(x)
         if self.rounding:
             u = round_ste(u.clamp(self.qn, self.qp))
@@ -118,7 +125,17 @@ class FakeQuant(nn.Module):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """int16 codes of ``x``, same shape."""
+        x = x.float() if x.dtype in HALF else x
         return self.to_codes(x).clamp(self.qn, self.qp).round().to(torch.int16)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuant:
+        """What moves or casts a module: the quantizer's own numbers stay in float32 where the module becomes a half type."""
+
+        def at_least_float32(t: Tensor) -> Tensor:
+            found = fn(t)
+            return t.to(found.device) if found.dtype in HALF and t.dtype not in HALF else found
+
+        return super()._apply(at_least_float32, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A float network's state dict loads strictly: a quantizer that it knows nothing of stays uncalibrated."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lifequant.quantizers.base import FakeQuant, Quantizer, round_ste, standardize
+from lifequant.quantizers.base import HALF, FakeQuant, Quantizer, round_ste, standardize
 from lifequant.quantizers.lsq import LSQActivation
 from lifequant.registry import register
 
@@ -37,14 +37,14 @@ class UniformWeight(FakeQuant):
         centered, std = standardize(x, self.channels)
         return x - centered + std * (2 / self.levels) * u
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         u = self.to_codes(x)
         return self.dequantize(round_ste(u) if self.rounding else u, x)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """int32, for an outlier of a large tensor goes far; not within qn .. qp."""
-        return self.to_codes(x).round().to(torch.int32)
+        return self.to_codes(x.float() if x.dtype in HALF else x).round().to(torch.int32)
 
     def scale(self) -> Tensor:
         return self.fixed_scale
