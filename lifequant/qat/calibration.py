@@ -37,7 +37,10 @@ def calibrate_network(model: nn.Module, x: Tensor) -> None:
     statistics do not change. Raises UserError if a value is not finite.
     """
     calibrate_weights(model)
-    with preserve_state(model), hook_activations(model, lambda name, quant, value: calibrate_quantizer(quant, value)):
+    with (
+        preserve_state(model, train=True),
+        hook_activations(model, lambda name, quant, value: calibrate_quantizer(quant, value)),
+    ):
         model(x)
 
 

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import HALF, STEP_FLOOR, FakeQuant, Quantizer, high_quantile, standardize
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, standardize
 from lifequant.registry import register
 
 
@@ -58,8 +58,7 @@ class APoT(FakeQuant):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        x = x.float() if x.dtype in HALF else x
-        return (self.nearest(self.scaled(x)) - self.zero).to(torch.int16)
+        return (self.nearest(self.scaled(self.scaled_input(x))) - self.zero).to(torch.int16)
 
     def scaled(self, x: Tensor) -> Tensor:
         """t = z / a; that of weights has no gradient but a's."""
@@ -88,6 +87,8 @@ class APoTWeight(APoT):
 
     dw = dy / std, where clipped too. a begins at 3, not from data: z has the same scale in every layer.
     """
+
+    keeps_range = False
 
     def __init__(self, bits: int, channels: int | None = None) -> None:
         magnitudes = powers_of_two(bits - 1)

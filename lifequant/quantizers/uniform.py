@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lifequant.quantizers.base import HALF, FakeQuant, Quantizer, round_ste, standardize
+from lifequant.quantizers.base import FakeQuant, Quantizer, round_ste, standardize
 from lifequant.quantizers.lsq import LSQActivation
 from lifequant.registry import register
 
@@ -18,6 +18,7 @@ class UniformWeight(FakeQuant):
     """
 
     exceeds_bits = True
+    keeps_range = False
 
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -44,7 +45,7 @@ class UniformWeight(FakeQuant):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """int32, for an outlier of a large tensor goes far; not within qn .. qp."""
-        return self.to_codes(x.float() if x.dtype in HALF else x).round().to(torch.int32)
+        return self.to_codes(self.scaled_input(x)).round().to(torch.int32)
 
     def scale(self) -> Tensor:
         return self.fixed_scale
