@@ -135,6 +135,10 @@ class FakeQuant(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.calibrated = own <= state_dict.keys()
 
+    def __prepare_scriptable__(self) -> FakeQuant:
+        """What torch.jit.script asks every module for."""
+        raise UserError("TorchScript takes no quantized model: use torch.export or torch.jit.trace, after calibration")
+
     def scale_parameters(self) -> list[nn.Parameter]:
         """Parameters that must stay positive. They take no weight decay, like all parameters of a quantizer."""
         return [p for p in self.parameters(recurse=False) if p.requires_grad]
