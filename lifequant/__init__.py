@@ -2,7 +2,8 @@
 
 ``lifequant.load(job_dir)`` gives a trained model; ``lifequant.options.make(...)`` and ``lifequant.train.run(config)``
 train one from Python; ``lifequant.quantize_model(model)`` and ``lifequant.calibrate(q, batches)`` quantize any torch
-model for a loop of your own; ``lifequant.registry`` has methods, penalties, quantizers and models by name.
+model for a loop of your own, and ``lifequant.fold_batchnorm(q)`` makes it ready for inference; ``lifequant.registry`` has
+methods, penalties, quantizers and models by name.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 _MODULE_OF = {
     "calibrate": "lifequant.qat.convert",
+    "fold_batchnorm": "lifequant.qat.folding",
     "load": "lifequant.predict",
     "quantize_model": "lifequant.qat.convert",
 }
-__all__ = ["calibrate", "load", "quantize_model"]
+__all__ = ["calibrate", "fold_batchnorm", "load", "quantize_model"]
 
 
 def __dir__() -> list[str]:

@@ -59,6 +59,9 @@ def distillation(logits: Tensor, teacher: Tensor, known: Tensor, temperature: fl
     logits, teacher: float [N, C]. Without Hinton's factor T^2, as Learning without Forgetting (Li and Hoiem, ECCV 2016,
     eq. 2 up to the teacher's entropy, which has no gradient), Mammoth and Avalanche have it. Exactly 0 where nothing is known.
     """
+    classes = teacher.shape[1]
+    if classes < logits.shape[1]:  # the head has grown since, and the teacher says nothing of new classes
+        logits, known = logits[:, :classes], known[:classes]
     p = F.log_softmax(only(teacher / temperature, known), 1)
     q = F.log_softmax(only(logits / temperature, known), 1)
     return torch.where(known, p.exp() * (p - q), 0).sum(1).mean()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lifequant.data.task import Batch, Task, user_task
 from lifequant.losses import LOSSES
+from lifequant.methods.growth import sized_like
 
 __all__ = ["Batch", "LifelongMethod", "Task", "TrainingHooks", "user_task"]  # what a file with a method needs
 
@@ -90,8 +90,7 @@ class LifelongMethod(TrainingHooks):
         self.counts: Tensor | None = None  # float32 [C], images of each class in the pool
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        if self.counts is None:
-            self.counts = torch.empty_like(task.counts)
+        self.counts = sized_like(self.counts, task.counts)
         self.counts.copy_(task.counts)  # in place, so that a compiled step goes on with it
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:

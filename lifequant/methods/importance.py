@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from lifequant.qat.copying import copied
 from lifequant.qat.layers import QuantConv2d, fake_quants, weight_layers
 from lifequant.qat.modes import eval_mode
 from lifequant.runtime import distributed
@@ -22,7 +22,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # (x float [N, ...], y int64 [N])
 
 def at_quantized_weights(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose weights are the quantized ones, with nothing between them and the loss."""
-    net = copy.deepcopy(model).eval()
+    net = copied(model, "importances").eval()
     for _, layer in weight_layers(net):
         layer.weight = nn.Parameter(layer.weight_quant(layer.weight).detach())
         layer.weight_quant = nn.Identity()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lifequant.common.arguments import real
 from lifequant.data.task import Batch, Task
 from lifequant.losses import distillation
 from lifequant.methods.base import LifelongMethod
+from lifequant.methods.growth import sized_like
 from lifequant.registry import register
 
 
@@ -20,7 +20,8 @@ class LwF(LifelongMethod):
     """Task loss + alpha * distillation of the former task's model on the new images, over the classes that it knew, at
     temperature T (Li and Hoiem, ECCV 2016). No image is stored; the former model is.
 
-    In a loop of your own, Batch.teacher holds the former model's logits of the batch's images.
+    In a loop of your own, Batch.teacher holds the former model's logits of the batch's images; of fewer classes than the
+    model's, where the head has grown.
     """
 
     help = "learning without forgetting: distillation on the new images (Li and Hoiem, ECCV 2016)"
@@ -43,8 +44,7 @@ class LwF(LifelongMethod):
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         super().begin_task(model, task)
-        if self.known is None:
-            self.known = torch.zeros_like(task.old_classes)
+        self.known = sized_like(self.known, task.old_classes)
         self.known.copy_(task.old_classes)
         self.asks = bool(task.old_classes.any())
 

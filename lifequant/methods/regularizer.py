@@ -6,11 +6,13 @@ import argparse
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from lifequant.common.arguments import int_at_least
+from lifequant.common.errors import UserError
 from lifequant.data.task import Task
 from lifequant.methods.base import LifelongMethod
+from lifequant.methods.growth import grown_flat
 from lifequant.methods.importance import Batches, flat, protected
 
 
@@ -20,6 +22,9 @@ class Regularizer(LifelongMethod):
     The w_i are all parameters but the quantizers' own. Importance and anchor are vectors over all of them; they are
     allocated at the first task and then written in place, so that a compiled step need not be compiled again. ``estimate``
     gives the importances for a task that has ended. If another penalty is chosen, nothing is gathered.
+
+    A parameter may have grown before ``begin_task``, as a head for more classes does: its first entries keep their
+    importance and anchor, and new ones have importance 0.
     """
 
     has_penalty = True
@@ -31,6 +36,7 @@ class Regularizer(LifelongMethod):
         self.used = config.penalty == "none"
         self.anchor: Tensor | None = None  # the weights at the end of the former task; in the first, at its begin
         self.offset: Tensor | None = None
+        self.shapes: dict[str, Size] = {}  # of the parameters, in the order of the vectors
         for name in self.importances:
             setattr(self, name, None)
 
@@ -62,15 +68,40 @@ class Regularizer(LifelongMethod):
             self.offset = self.anchor.new_zeros(())
             for name in self.importances:
                 setattr(self, name, torch.zeros_like(self.anchor))
+        elif self.used and self.shapes:
+            self._grow(model)
+        self.shapes = {name: p.shape for name, p in protected(model).items()} if self.used else {}
+
+    def _grow(self, model: nn.Module) -> None:
+        """Fit all vectors to the parameters as they are now, if any has another shape, name or place."""
+        weights = {name: p.detach() for name, p in protected(model).items()}
+        if list(self.shapes.items()) == [(name, w.shape) for name, w in weights.items()]:
+            return
+        zeros = {name: torch.zeros_like(w) for name, w in weights.items()}
+        for name in self.importances:
+            setattr(self, name, grown_flat(getattr(self, name), self.shapes, zeros))
+        self.anchor = grown_flat(self.anchor, self.shapes, weights)
+
+    def _same_size(self, weights: Tensor) -> Tensor:
+        """``weights`` [P]. Raises UserError where it is not as long as the vectors."""
+        if weights.shape != self.anchor.shape:
+            raise UserError(
+                f"{self.name}: the model has {len(weights)} parameters and had {len(self.anchor)} as the task began: let it grow "
+                "before begin_task, which takes over what is kept"
+            )
+        return weights
 
     def penalty(self, model: nn.Module) -> Tensor:
         if self.anchor is None:
             return super().penalty(model)
-        return (self.importance * (flat(protected(model).values()) - self.anchor).square()).sum() + self.offset
+        return (
+            self.importance * (self._same_size(flat(protected(model).values())) - self.anchor).square()
+        ).sum() + self.offset
 
     def end_task(self, model: nn.Module, task: Task) -> None:
         super().end_task(model, task)
         if self.used:
+            self._same_size(flat(protected(model).values()))
             new = self.estimate(model, task)
             with torch.no_grad():
                 self.merge(new, flat(protected(model).values()), task)
@@ -94,12 +125,14 @@ class Regularizer(LifelongMethod):
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("anchor", "offset", *self.importances)}
-        return super().state_dict() | kept
+        return super().state_dict() | kept | {"shapes": {name: list(shape) for name, shape in self.shapes.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for name in ("anchor", "offset", *self.importances):
             setattr(self, name, state[name])
+        # A state that was saved before there were shapes has none: then the parameters are taken to be the same.
+        self.shapes = {name: Size(shape) for name, shape in state.get("shapes", {}).items()}
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of all vectors that are kept. What a method gathers during a task counts as importance."""

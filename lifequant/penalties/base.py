@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lifequant.data.task import Task
 from lifequant.methods.base import TrainingHooks
+from lifequant.methods.growth import grown, only_old
 from lifequant.methods.importance import CHUNK, at_quantized_weights, per_sample
 from lifequant.qat.layers import QuantConv2d, QuantLinear, weight_layers
 from lifequant.qat.packing import packed_bytes
@@ -34,7 +35,8 @@ class Anchored(Penalty):
     """Sum of importance * (w - anchor)^2. A form says what w is, and estimates the importance when a task begins.
 
     The anchor is kept as integer codes and a scale where their product is exact, else as values and the scale 1. All tensors
-    are allocated at the first task and then written in place, so that a compiled step need not be compiled again.
+    are allocated at the first task and then written in place, so that a compiled step need not be compiled again. What has
+    grown before ``begin_task`` has importance 0 in its new entries.
     """
 
     def __init__(self, config: Any) -> None:
@@ -70,12 +72,24 @@ class Anchored(Penalty):
             self.anchor = {name: anchor.clone() for name, (anchor, _) in anchors.items()}
             self.scale = {name: scale.clone() for name, (_, scale) in anchors.items()}
             self.anchor_bytes = sum(packed_bytes(layer) for _, layer in weight_layers(model) if layer.weight.dim() == 4)
+        former = {name: anchor.shape for name, anchor in self.anchor.items()}
         estimate = self.estimate(model, task) if task.task_index > 0 else None
         with torch.no_grad():
             for name, (anchor, scale) in anchors.items():
+                if former.get(name) != anchor.shape:
+                    self._resize(name, anchor, scale)
                 self.importance[name].copy_(estimate[name]) if estimate else self.importance[name].zero_()
+                if former.get(name) != anchor.shape:
+                    self.importance[name].copy_(only_old(self.importance[name], former.get(name)))
                 self.anchor[name].copy_(anchor)
                 self.scale[name].copy_(scale)
+
+    def _resize(self, name: str, anchor: Tensor, scale: Tensor) -> None:
+        """New tensors for a value that has grown, or that is new."""
+        if name in self.anchor:
+            grown(self.anchor[name], anchor, name)  # refuses what has shrunk
+        self.importance[name] = torch.zeros_like(anchor, dtype=scale.dtype)
+        self.anchor[name], self.scale[name] = anchor.clone(), scale.clone()
 
     def penalty(self, model: nn.Module) -> Tensor:
         values = self.values(model)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lifequant.data.task import Batch, Task
+from lifequant.methods.growth import sized_like
 from lifequant.methods.stored_logits import StoredLogits
 from lifequant.penalties.base import Penalty, has_replay
 from lifequant.registry import register
@@ -33,8 +33,7 @@ class ProxQFunction(Penalty):
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         self.stored.update(model, task, recompute=True)
-        if self.known is None:
-            self.known = torch.zeros_like(task.old_classes)
+        self.known = sized_like(self.known, task.old_classes)
         self.known.copy_(task.old_classes)
         if task.task_index > 0:
             has_replay(task, len(task.replay))

@@ -18,7 +18,7 @@ def hook_activations(model: nn.Module, function: Callable[[str, FakeQuant, Tenso
     """Inside, ``function(name, quantizer, input)`` runs before the forward pass of every activation quantizer."""
     handles = []
     for name, quant in fake_quants(model):
-        if not name.endswith("weight_quant"):
+        if "weight_quant" not in name.split("."):  # which may have another below it
             handles.append(
                 quant.register_forward_pre_hook(lambda module, args, name=name: function(name, module, args[0]))
             )

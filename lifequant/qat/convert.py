@@ -11,7 +11,6 @@ After this, ``q`` is trained in a loop of your own. It has the model's parameter
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,17 @@ from lifequant.common.errors import UserError
 from lifequant.qat.convert_calibration import after_loading, calibrate, calibrate_at_first_forward
 from lifequant.qat.convert_functions import FunctionCalls, find_function_calls
 from lifequant.qat.convert_report import describe, warn_of_functions, why_float
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, check_bits, fake_quants, set_layer_bits
+from lifequant.qat.copying import copied
+from lifequant.qat.layers import (
+    QuantConv2d,
+    QuantLinear,
+    QuantReLU,
+    Scheme,
+    check_bits,
+    fake_quants,
+    set_layer_bits,
+    to_torch_layers,
+)
 from lifequant.quantizers.base import FakeQuant, Quantizer
 
 __all__ = ["calibrate", "quantize_model"]
@@ -71,8 +80,9 @@ def quantize_model(
     ):
         check_bits(bits, f"quantize_model, {name}")
     _check_is_float(model)
-    calls = find_function_calls(model) if act_bits < 32 else FunctionCalls()
-    q = copy.deepcopy(model)
+    q = copied(model, "quantize_model")
+    to_torch_layers(q)
+    calls = find_function_calls(q) if act_bits < 32 else FunctionCalls()
     scheme = Scheme(
         weights=_family(quantizer),
         activations=_family(act_quantizer or quantizer),
@@ -110,13 +120,14 @@ def _family(quantizer: str | Quantizer) -> Quantizer:
 
 
 def _check_is_float(model: nn.Module) -> None:
-    """Raises UserError if the model is scripted, compiled or already quantized."""
+    """Raises UserError if the model is scripted, compiled or already quantized. At 32 bits, our own layers are float."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         raise UserError(
-            f"quantize_model takes an eager nn.Module, not a {type(model).__name__}: script or compile it afterwards"
+            f"quantize_model takes an eager nn.Module, not a {type(model).__name__}: pass the model that this was made of; "
+            "compile, export or trace it after calibration"
         )
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuant | QuantConv2d | QuantLinear | QuantReLU):
+        if isinstance(module, FakeQuant):
             raise UserError(f"quantize_model: the model is already quantized ({name!r}): pass the float model")
 
 

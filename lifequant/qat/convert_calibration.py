@@ -260,6 +260,15 @@ def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     _remove_hook(q)
     if _is_calibrated(q):
         return
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        calibrate_at_first_forward(q)
+        raise UserError(
+            "the scales of this quantized model are not set: calibrate(q, batches) before it is exported or traced"
+        )
+    sizes = [t.numel() for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
+    if sizes and not any(sizes):
+        calibrate_at_first_forward(q)  # nothing to set scales from
+        return
     warnings.warn(
         "the scales of this quantized model were not set; its first forward pass sets them now, from one batch; "
         "lifequant.calibrate(q, batches) sets them from several",

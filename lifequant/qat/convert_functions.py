@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import io
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from lifequant.qat.copying import copied
 
 RELU = {F.relu, F.relu6, torch.relu, torch.relu_}
 RELU_METHODS = {"relu", "relu_"}
@@ -36,6 +37,7 @@ KEEPING_MODULES = (
     nn.Dropout2d, nn.Flatten, nn.Identity, nn.ChannelShuffle, nn.PixelShuffle,
 )  # fmt: skip
 CALLED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)  # a trace does not look into these, nor into their subclasses
+OURS = ("lifequant.qat.", "lifequant.quantizers.")  # nor into modules of these packages
 
 
 @dataclass
@@ -55,14 +57,9 @@ def find_function_calls(model: nn.Module) -> FunctionCalls:
             found.callers[name] += 1
             found.behind.append(f"{name}.linear2".lstrip("."))
     try:
-        with _aside():
-            skeleton = _without_weights(model).train()
-            given = inspect.signature(skeleton.forward).parameters.values()
-            defaults = {p.name: p.default for p in given if p.default is not p.empty}
-            graph = _Tracer().trace(skeleton, concrete_args=defaults)
+        graph, modules = trace(model)
     except Exception:  # a model may do anything in its forward; calibrate() finds its float inputs
         return found
-    modules = dict(skeleton.named_modules())
     values = _Values(modules)
     for node in graph.nodes:
         if _is_relu(node):
@@ -73,9 +70,27 @@ def find_function_calls(model: nn.Module) -> FunctionCalls:
     return found
 
 
+def trace(model: nn.Module, train: bool = True) -> tuple[fx.Graph, dict[str, nn.Module]]:
+    """(graph of ``model``, {name: module of the copy that was traced}), in train mode or as it is.
+
+    Quantized layers are not looked into. Raises whatever the model's forward raises.
+    """
+    with _aside():
+        skeleton = _without_weights(model)
+        skeleton.train(train or skeleton.training)
+        given = inspect.signature(skeleton.forward).parameters.values()
+        defaults = {p.name: p.default for p in given if p.default is not p.empty}
+        graph = _Tracer().trace(skeleton, concrete_args=defaults)
+    return graph, dict(skeleton.named_modules())
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, CALLED) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            isinstance(m, CALLED)
+            or type(m).__module__.startswith(OURS)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 @contextlib.contextmanager
@@ -93,7 +108,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
     for t in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(t, device="meta")
         memo[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
-    skeleton = copy.deepcopy(model, memo)
+    skeleton = copied(model, "trace", memo)
     for module in skeleton.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

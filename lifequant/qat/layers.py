@@ -6,10 +6,12 @@ Scheme for them; in any other network, convert.py converts torch's layers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,18 @@ from lifequant.common.errors import UserError, closest
 from lifequant.quantizers.base import BIT_WIDTHS, FakeQuant, Quantizer
 
 
-class QuantConv2d(nn.Conv2d):
+class _OwnFolding(nn.Module):
+    """A layer that torch's ``fuse_conv_bn_eval`` and ``fuse_linear_bn_eval`` must not fold: they set its weight."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion":
+            raise UserError(
+                f"torch's folding of BatchNorm changes the codes of a {type(self).__name__}: use lifequant.fold_batchnorm(q)"
+            )
+        super().__setattr__(name, value)
+
+
+class QuantConv2d(_OwnFolding, nn.Conv2d):
     """nn.Conv2d whose weight passes a fake-quantizer. The constructor makes no bias; a converted layer keeps its bias in float."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int, weight_quant: nn.Module) -> None:
@@ -36,7 +49,7 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight_quant(self.weight), self.bias)
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(_OwnFolding, nn.Linear):
     """nn.Linear whose weight and input pass fake-quantizers; the bias stays in float."""
 
     float_input = False  # turned from torch's: its input may be signed, which no activation quantizer takes
@@ -116,6 +129,23 @@ class Scheme:
 
     def relu(self) -> QuantReLU:
         return QuantReLU(self.activations.activation(self.act_bits))
+
+
+def to_torch_layers(model: nn.Module) -> None:
+    """Make torch's own layers of quantized layers, in place; their quantizers go, which at 32 bits do nothing."""
+    for module in model.modules():
+        if isinstance(module, QuantConv2d | QuantLinear | QuantReLU):
+            for quantizer in ("weight_quant", "act_quant"):
+                module._modules.pop(quantizer, None)
+            inplace, bound = getattr(module, "inplace", False), getattr(module, "bound", None)
+            if isinstance(module, QuantReLU):
+                module.inplace = inplace
+                module.__class__ = nn.ReLU if bound is None else nn.ReLU6
+                if bound is not None:
+                    module.min_val, module.max_val = 0.0, bound
+            else:
+                module.__class__ = nn.Conv2d if isinstance(module, QuantConv2d) else nn.Linear
+                module.__dict__.pop("float_input", None)
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:

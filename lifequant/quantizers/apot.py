@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, standardize
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, positive, standardize
 from lifequant.registry import register
 
 
@@ -68,7 +68,7 @@ class APoT(FakeQuant):
         return self.fractional_code(self.scaled(x))
 
     def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
-        return self.level(u) * self.broadcast_channels(self.alpha, x)
+        return self.level(u) * self.broadcast_channels(positive(self.alpha), x)
 
     def project(self, t: Tensor) -> Tensor:
         """The level nearest to ``t``, with the gradient of ``t`` clipped; ``t`` itself while ``rounding`` is False."""
@@ -79,7 +79,7 @@ class APoT(FakeQuant):
 
     def scale(self) -> Tensor:
         """The smallest distance between two neighboring values, which is the one beside 0."""
-        return self.alpha.detach() * self.levels[self.zero + 1]
+        return positive(self.alpha.detach()) * self.levels[self.zero + 1]
 
 
 class APoTWeight(APoT):
@@ -97,7 +97,7 @@ class APoTWeight(APoT):
 
     def scaled(self, x: Tensor) -> Tensor:
         centered, std = standardize(x.detach(), self.channels)
-        return centered / (std * self.broadcast_channels(self.alpha, x))
+        return centered / (std * self.broadcast_channels(positive(self.alpha), x))
 
     def inverse(self, u: Tensor, x: Tensor) -> Tensor:
         centered, std = standardize(x, self.channels)
@@ -105,7 +105,7 @@ class APoTWeight(APoT):
 
     def quantize(self, x: Tensor) -> Tensor:
         std = standardize(x.detach(), self.channels)[1]
-        return self.broadcast_channels(self.alpha, x) * self.project(self.scaled(x)) + (x - x.detach()) / std
+        return self.broadcast_channels(positive(self.alpha), x) * self.project(self.scaled(x)) + (x - x.detach()) / std
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -124,10 +124,10 @@ class APoTActivation(APoT):
         super().__init__(bits, powers_of_two(bits), 0, 8.0)
 
     def scaled(self, x: Tensor) -> Tensor:
-        return x / self.alpha
+        return x / positive(self.alpha)
 
     def quantize(self, x: Tensor) -> Tensor:
-        return self.alpha * self.project(self.scaled(x))
+        return positive(self.alpha) * self.project(self.scaled(x))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

@@ -30,6 +30,12 @@ def round_ste(u: Tensor) -> Tensor:
     return u + (u.round() - u).detach()
 
 
+def positive(parameter: Tensor) -> Tensor:
+    """A learned scale as it is, with its gradient, and STEP_FLOOR where an optimizer took it below: the gradient there is
+    the scale's own, so that it comes back. NaN stays NaN."""
+    return torch.where(parameter > STEP_FLOOR, parameter, STEP_FLOOR + (parameter - parameter.detach()))
+
+
 def scale_gradient(parameter: Tensor, factor: float) -> Tensor:
     """The parameter's value, bit for bit, with its gradient times ``factor`` (LSQ, Esser et al. 2020, sec. 2.2)."""
     scaled = parameter * factor
@@ -207,6 +213,10 @@ class FakeQuant(nn.Module):
         if self.is_set is not None:
             destination[prefix + "kind"] = torch.tensor(list(self.kind.encode()), dtype=torch.uint8)
 
+    def __prepare_scriptable__(self) -> FakeQuant:
+        """What torch.jit.script asks every module for."""
+        raise UserError("TorchScript takes no quantized model: use torch.export or torch.jit.trace, after calibration")
+
     def scale_parameters(self) -> list[nn.Parameter]:
         """Parameters that must stay positive. They take no weight decay, like all parameters of a quantizer."""
         return [p for p in self.parameters(recurse=False) if p.requires_grad]
@@ -228,7 +238,8 @@ class FakeQuant(nn.Module):
     @staticmethod
     def channel_rows(x: Tensor, channels: int | None) -> Tensor:
         """``x`` as rows, one for each scale: [1, N], or [C, N / C]."""
-        return x.reshape(channels or 1, -1)
+        rows = channels or 1
+        return x.reshape(rows, x.numel() // rows)  # -1 has no meaning for an empty tensor
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, codes {self.qn}..{self.qp}"

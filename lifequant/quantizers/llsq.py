@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, positive
 from lifequant.registry import register
 
 
@@ -52,14 +52,14 @@ class LLSQ(FakeQuant):
         self.step_size = nn.Parameter(torch.ones(() if channels is None else channels))
 
     def to_codes(self, x: Tensor) -> Tensor:
-        return x / self.broadcast_channels(self.step_size.detach(), x)
+        return x / self.broadcast_channels(self.scale(), x)
 
     def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         rows = self.channel_rows(x.detach(), self.channels)
-        return u * self.broadcast_channels(SimulatedGradient.apply(self.step_size, rows, self.qn, self.qp), x)
+        return u * self.broadcast_channels(SimulatedGradient.apply(positive(self.step_size), rows, self.qn, self.qp), x)
 
     def scale(self) -> Tensor:
-        return self.step_size.detach()
+        return positive(self.step_size.detach())
 
 
 class LLSQWeight(LLSQ):

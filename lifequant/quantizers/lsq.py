@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, scale_gradient
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, positive, scale_gradient
 from lifequant.registry import register
 
 
@@ -24,11 +24,13 @@ class LSQ(FakeQuant):
         self.step_size = nn.Parameter(torch.ones(() if channels is None else channels))
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return self.broadcast_channels(scale_gradient(self.step_size, 1 / math.sqrt(self.features(x) * self.qp)), x)
+        return self.broadcast_channels(
+            scale_gradient(positive(self.step_size), 1 / math.sqrt(self.features(x) * self.qp)), x
+        )
 
     def features(self, x: Tensor) -> int:
-        """N of the gradient's scale: values that share a step."""
-        return x.numel() // (self.channels or 1)
+        """N of the gradient's scale: values that share a step; at least 1, since a tensor may be empty."""
+        return max(1, x.numel() // (self.channels or 1))
 
     def to_codes(self, x: Tensor) -> Tensor:
         return x / self._scaled(x)
@@ -37,7 +39,7 @@ class LSQ(FakeQuant):
         return u * self._scaled(x)
 
     def scale(self) -> Tensor:
-        return self.step_size.detach()
+        return positive(self.step_size.detach())
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -63,7 +65,7 @@ class LSQActivation(LSQ):
         super().__init__(bits, 0, 2**bits - 1)
 
     def features(self, x: Tensor) -> int:
-        return x[0].numel()
+        return max(1, math.prod(x.shape[1:]))
 
 
 @register("quantizer", "lsq")

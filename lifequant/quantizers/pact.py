@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, round_ste
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, positive, round_ste
 from lifequant.quantizers.dorefa import DoReFaWeight
 from lifequant.registry import register
 
@@ -38,7 +38,7 @@ class PACTActivation(FakeQuant):
         return self.dequantize(round_ste(u.clamp(self.qn, self.qp)), x) + clipped * (self.alpha - self.alpha.detach())
 
     def scale(self) -> Tensor:
-        return self.alpha.detach() / self.qp
+        return positive(self.alpha.detach()) / self.qp
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

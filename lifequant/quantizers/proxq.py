@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.arguments import boolean, real
-from lifequant.quantizers.base import FakeQuant, Quantizer, standardize
+from lifequant.quantizers.base import FakeQuant, Quantizer, positive, standardize
 from lifequant.quantizers.lsq import LSQActivation
 from lifequant.registry import register
 
@@ -40,14 +40,14 @@ class ProxQWeight(FakeQuant):
 
     def to_codes(self, x: Tensor) -> Tensor:
         centered, std = standardize(x, self.channels)
-        return centered * (self.qp / (self.broadcast_channels(self.c, x) * std))
+        return centered * (self.qp / (self.broadcast_channels(positive(self.c), x) * std))
 
     def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         return u * self.broadcast_channels(self.scale(), x)
 
     def inverse(self, u: Tensor, x: Tensor) -> Tensor:
         centered, std = standardize(x, self.channels)
-        return x - centered + u * (self.broadcast_channels(self.c, x) * std / self.qp)
+        return x - centered + u * (self.broadcast_channels(positive(self.c), x) * std / self.qp)
 
     def scale(self) -> Tensor:
         return self.alpha / self.qp
@@ -55,7 +55,7 @@ class ProxQWeight(FakeQuant):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        self.alpha.copy_(self.c * standardize(x, self.channels)[1].view_as(self.c))
+        self.alpha.copy_(positive(self.c) * standardize(x, self.channels)[1].view_as(self.c))
 
 
 @register("quantizer", "proxq")

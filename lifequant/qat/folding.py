@@ -1,0 +1,144 @@
+"""Fold BatchNorm into the quantized convolution before it, once training has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+
+from lifequant.common.errors import UserError
+from lifequant.qat.convert_functions import trace
+from lifequant.qat.copying import copied
+from lifequant.qat.layers import QuantConv2d, fake_quants
+from lifequant.quantizers.base import FakeQuant
+
+
+class FoldedWeight(FakeQuant):
+    """What another quantizer gives, times a factor for each output channel: codes stay, and the scale is multiplied.
+
+    ``scale`` [C] has the factor's sign, so a BatchNorm whose weight is negative is folded exactly, whatever the codes' range.
+    """
+
+    def __init__(self, quant: nn.Module, factor: Tensor) -> None:
+        known = isinstance(quant, FakeQuant)
+        super().__init__(*((quant.bits, quant.qn, quant.qp) if known else (32, 0, 0)))
+        self.quant = quant
+        self.channels = getattr(quant, "channels", None)
+        self.exceeds_bits = known and quant.exceeds_bits
+        self.calibrated = known and quant.calibrated
+        self.register_buffer("factor", factor)
+
+    def _times(self, values: Tensor) -> Tensor:
+        return values * self.broadcast_channels(self.factor, values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._times(self.quant(x))
+
+    def codes(self, x: Tensor) -> Tensor:
+        return self.quant.codes(x)
+
+    def to_codes(self, x: Tensor) -> Tensor:
+        return self.quant.to_codes(x)
+
+    def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
+        return self._times(self.quant.dequantize(u, x))
+
+    def inverse(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.quant.inverse(u, x)
+
+    def scale(self) -> Tensor:
+        return self.quant.scale() * self.factor
+
+    def calibrate(self, x: Tensor) -> None:
+        self.quant.calibrate(x)
+        self.quant.calibrated = True
+
+
+def fold_batchnorm(q: nn.Module, pairs: Iterable[tuple[str, str]] | None = None) -> nn.Module:
+    """Return a copy of a quantized model in which BatchNorm is folded into the quantized Conv2d before it.
+
+    The function in eval mode stays the same up to float rounding, for every quantizer: the latent weights and their codes
+    stay, a channel's scale is multiplied by gamma / sqrt(var + eps), and what BatchNorm adds is the layer's bias, in float.
+    An nn.Identity takes BatchNorm's place. torch's own folding multiplies the latent weights, which changes their codes, and
+    is refused.
+
+    A BatchNorm is folded where it alone takes what a convolution gives and where both run once, as torch.fx traces the
+    model. ``pairs`` names convolutions and their BatchNorms, [("conv1", "bn1"), ...], for a model that can't be traced.
+    Raises UserError for a model that is in train mode or not calibrated, that can't be traced, or has nothing to fold.
+    """
+    modules = dict(q.named_modules())
+    found = list(_traced_pairs(q) if pairs is None else pairs)
+    for conv, norm in found:
+        _check(modules, conv, norm)
+    if not found:
+        raise UserError("fold_batchnorm: no BatchNorm2d of the model follows a quantized Conv2d")
+    folded = copied(q, "fold_batchnorm")
+    for conv, norm in found:
+        _fold(folded, conv, norm)
+    return folded
+
+
+def _traced_pairs(q: nn.Module) -> list[tuple[str, str]]:
+    try:
+        graph, modules = trace(q, train=False)
+    except Exception as error:
+        raise UserError(
+            f"fold_batchnorm: torch.fx can't trace the model ({type(error).__name__}); name the layers yourself: "
+            'fold_batchnorm(q, pairs=[("conv1", "bn1"), ...])'
+        ) from error
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    owners: dict[int, list[fx.Node]] = {}  # of each module, its calls: a module may have several names
+    for node in calls:
+        owners.setdefault(id(modules[node.target]), []).append(node)
+    found = []
+    for norm in calls:
+        before = norm.args[0] if norm.args else None
+        if not isinstance(modules[norm.target], nn.BatchNorm2d | nn.SyncBatchNorm) or before not in calls:
+            continue
+        once = all(len(owners[id(modules[node.target])]) == 1 for node in (before, norm))
+        if once and isinstance(modules[before.target], QuantConv2d) and len(before.users) == 1:
+            found.append((before.target, norm.target))
+    return found
+
+
+def _check(modules: dict[str, nn.Module], conv: str, norm: str) -> None:
+    """Raises UserError where a pair can't be folded."""
+    for name, kinds in ((conv, QuantConv2d), (norm, nn.BatchNorm2d | nn.SyncBatchNorm)):
+        if not isinstance(modules.get(name), kinds):
+            kind = type(modules[name]).__name__ if name in modules else "not there"
+            raise UserError(
+                f"fold_batchnorm: {name!r} is {kind}, not a quantized Conv2d with its BatchNorm2d behind it"
+            )
+    layer, bn = modules[conv], modules[norm]
+    if bn.training:
+        raise UserError(f"fold_batchnorm: {norm!r} is in train mode: call q.eval() before")
+    if bn.running_mean is None:
+        raise UserError(
+            f"fold_batchnorm: {norm!r} keeps no running statistics, so it depends on the batch and can't be folded"
+        )
+    if bn.num_features != layer.out_channels:
+        raise UserError(
+            f"fold_batchnorm: {conv!r} has {layer.out_channels} outputs and {norm!r} takes {bn.num_features}"
+        )
+    unset = [n for n, quant in fake_quants(layer) if quant.state_dict() and not quant.calibrated]
+    if unset:
+        raise UserError(f"fold_batchnorm: the scale of {conv}.{unset[0]} is not set: calibrate the model before")
+
+
+@torch.no_grad()
+def _fold(q: nn.Module, conv: str, norm: str) -> None:
+    """Fold one pair, in place."""
+    layer, bn = q.get_submodule(conv), q.get_submodule(norm)
+    factor = (bn.running_var.double() + bn.eps).rsqrt()
+    if bn.weight is not None:
+        factor = factor * bn.weight
+    bias = -bn.running_mean * factor
+    if layer.bias is not None:
+        bias = bias + layer.bias * factor
+    if bn.bias is not None:
+        bias = bias + bn.bias
+    layer.weight_quant = FoldedWeight(layer.weight_quant, factor.to(layer.weight.dtype))
+    layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
+    owner, _, attribute = norm.rpartition(".")
+    setattr(q.get_submodule(owner), attribute, nn.Identity())
