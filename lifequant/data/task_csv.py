@@ -135,6 +135,8 @@ def _style(header: str) -> dict[str, Any]:
 
 def _columns(header: list[str]) -> list[str]:
     """The names of the columns, without blanks, byte order marks of files that were joined, and capitals."""
+    if "image" in header and "label" in header:
+        return header
     names = [name.strip("\ufeff \t") for name in header]
     return names if "image" in names and "label" in names else [name.lower() for name in names]
 
