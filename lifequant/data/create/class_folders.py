@@ -58,8 +58,8 @@ class Seen:
     def outside(self) -> list[str]:
         """The folders outside the image root, those in others of them left out."""
         kept: list[str] = []
-        for folder in sorted(self.linked):
-            if not any(is_inside(folder, other) for other in kept[-1:]):
+        for folder in sorted(self.linked, key=lambda folder: folder.split(os.sep)):  # what is inside follows its folder
+            if not kept or not is_inside(folder, kept[-1]):
                 kept.append(folder)
         return kept
 
@@ -121,10 +121,8 @@ def _left_out(entry: os.DirEntry, path: str) -> str:
     """Why this is no image, or an empty text."""
     if entry.name.startswith("."):
         return HIDDEN
-    if os.path.isdir(entry.path):
-        return BELOW
-    if not os.path.isfile(entry.path):
-        return BROKEN
+    if not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
+        return BELOW if os.path.isdir(entry.path) else BROKEN
     if not entry.name.lower().endswith(EXTENSIONS):
         from lifequant.data.decode import is_image  # which needs torch
 
