@@ -154,6 +154,8 @@ ROWS = [("a.png", 0), ("b.png", 1)]
         "image,label\na.png,0.0\nb.png,1.0\n",
         "image,label\na.png, 0 \nb.png,\t1\n",
         "image,label\na.png,0,\nb.png,1,,\n",
+        "\ufeffsep=;\r\nimage;label\r\na.png;0\r\nb.png;1\r\n",
+        "\n\nimage,label\na.png,0\nb.png,1\n",
     ],
 )
 def test_csvs_of_other_programs(text, tmp_path):
@@ -168,6 +170,7 @@ def test_csvs_of_other_programs(text, tmp_path):
         ("a.png,0\nb.png,1\n", "its first row is no header"),
         ("path,class\na.png,0\n", "no column 'image' (columns: path, class)"),
         ("image,label\na.png,ant\n", "'ant' is not a whole number"),
+        ("\nsep=;\nimage;label\na.png;0\nb.png;\n", "row 5: the label '' is not a whole number"),
         ("image,label\na.png,1.5\n", "'1.5' is not a whole number"),
         ("image,label\n./a.png,0\na.png,0\n", "a.png is there more than once"),
         ("image,label\na.png,0,left\n", "3 values where the header has 2"),
@@ -209,6 +212,7 @@ def test_every_image_is_taken_or_counted(tmp_path, capsys):
     picture(folder / "more" / "deeper" / "1.png")
     (folder / ".DS_Store").write_text("x")
     (folder / "notes.txt").write_text("x")
+    (folder / "page.jpg").write_text("<html>not found</html>")
     (folder / "gone.png").symlink_to("nowhere.png")
     (folder / "twice.png").symlink_to("0.png")
     (folder / "zfolder").symlink_to("../b")
@@ -218,8 +222,8 @@ def test_every_image_is_taken_or_counted(tmp_path, capsys):
     rows = read_rows(tmp_path / "made" / "x_train.csv")
     assert sorted(image for image, label in rows if label == 0) == [f"train/a/{name}" for name in taken]
     note = " ".join(capsys.readouterr().out.split())
-    for words in ("8 files are left out", "2 in folders below a class (train/a/more)", "1 with names that begin with a dot",
-                  "2 no files, or links that lead nowhere", "1 no images of a known kind (train/a/notes.txt)",
+    for words in ("9 files are left out", "2 in folders below a class (train/a/more)", "1 with names that begin with a dot",
+                  "2 no files, or links that lead nowhere", "2 no images of a known kind (train/a/notes.txt)",
                   "1 other names of images that are taken (train/a/twice.png)", "1 beside the class folders"):  # fmt: skip
         assert words in note
     assert len(run_accepts(root).train.paths) == len(rows) == 2 * len(EXTENSIONS) + 4
@@ -273,7 +277,11 @@ def test_the_generator_refuses_what_a_run_would(tmp_path, capsys):
     (root / "train" / "b" / "1.png").symlink_to("../a/0.png")
     assert generate(root) == 2 and "of another class" in capsys.readouterr().err
     (root / "train" / "b" / "1.png").unlink()
-    assert generate(root) == 0 and "linked" not in json.loads((tmp_path / "made" / "dataset.json").read_text())
+    (root / "train" / "b" / "empty.png").touch()
+    assert generate(root) == 0 and "a run refuses to read: 1 (train/b/empty.png)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert "linked" not in json.loads((tmp_path / "made" / "dataset.json").read_text())
 
 
 def test_home_folder_in_every_flag(tiny: Tiny, tmp_path, monkeypatch, capsys):
