@@ -38,7 +38,7 @@ class ImageFiles:
                 status = os.stat(real)
             else:
                 folder, _, name = path.rpartition("/")
-                real = f"{self.real(folder)}{os.sep}{name}"
+                real = f"{self._real.get(folder) or self.real(folder)}{os.sep}{name}"
         except (OSError, ValueError):  # ValueError: a NUL, or a character that this system's file names can't have
             return None
         if status.st_nlink > 1 and status.st_ino and stat.S_ISREG(status.st_mode):

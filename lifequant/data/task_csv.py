@@ -110,8 +110,12 @@ def _rows_of_text(path: Path) -> Iterator[list[str]]:
     """Each row's values, separated and quoted as the header is. Raises UserError."""
     try:
         with open_regular(path, _MOST_BYTES) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
-            style = _style(file.readline(_MOST_ROW))
-            file.seek(0)
+            begin, header = 0, file.readline(_MOST_ROW)
+            while header and (not header.strip() or header.startswith("sep=")):  # sep=; is what Excel is told by
+                yield []
+                begin, header = file.tell(), file.readline(_MOST_ROW)
+            style = _style(header)
+            file.seek(begin)
             lines = _Lines(file)
             for row in csv.reader(lines, strict=True, **style):
                 lines.left = _MOST_ROW
@@ -172,14 +176,14 @@ def read_rows(path: Path) -> Rows:
     Python's csv reads row by row. pandas would first hold a hostile row whole, at ten times its bytes.
     """
     lines = _rows_of_text(path)
-    header = next(lines, [])
+    top, header = next(((number, line) for number, line in enumerate(lines, start=1) if line), (1, []))
     columns = _columns(header)
     for column in ("image", "label"):
         if column not in columns:
             raise _no_column(path, header, column)
     image, label = columns.index("image"), columns.index("label")
     rows: Rows = []
-    for number, line in enumerate(lines, start=2):
+    for number, line in enumerate(lines, start=top + 1):
         if not line:  # an empty line, which many editors leave at the end
             continue
         if len(line) != len(header):

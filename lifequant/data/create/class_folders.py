@@ -14,9 +14,9 @@ from lifequant.common.safe_files import is_inside
 from lifequant.data.same_images import ImageFiles
 from lifequant.data.task_csv import Rows, leaves_root
 
-# A file with another name's end is looked into.
 EXTENSIONS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
               ".tif", ".tiff", ".gif")  # fmt: skip
+_BEGINS = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"RIFF", b"P", b"II", b"MM")  # an image of a usual name begins so
 BESIDE, BELOW, HIDDEN, BROKEN, OTHER, TWICE, ODD = (
     "beside the class folders",
     "in folders below a class",
@@ -34,6 +34,7 @@ class Seen:
 
     left: Counter[str] = field(default_factory=Counter)  # reason: files that are left out
     first: dict[str, str] = field(default_factory=dict)  # reason: one of them
+    empty: list[str] = field(default_factory=list)  # images that are taken, but that no run can read
     linked: set[str] = field(default_factory=set)  # folders outside the image root that links lead to
 
     def leave(self, reason: str, path: str, count: int = 1) -> None:
@@ -47,7 +48,10 @@ class Seen:
         found = []
         if self.left:
             parts = [f"{count} {reason} ({one_line(self.first[reason])})" for reason, count in self.left.items()]
-            found.append(f"{self.left.total()} files are left out: {', '.join(parts)}")
+            total = self.left.total()
+            found.append(f"{total} {'file is' if total == 1 else 'files are'} left out: {', '.join(parts)}")
+        if self.empty:
+            found.append(f"empty files, which a run refuses to read: {len(self.empty)} ({one_line(self.empty[0])})")
         if self.linked:
             one = one_line(min(self.linked))
             found.append(
@@ -58,8 +62,8 @@ class Seen:
     def outside(self) -> list[str]:
         """The folders outside the image root, those in others of them left out."""
         kept: list[str] = []
-        for folder in sorted(self.linked):
-            if not any(is_inside(folder, other) for other in kept[-1:]):
+        for folder in sorted(self.linked, key=lambda folder: folder.split(os.sep)):  # what is inside follows its folder
+            if not kept or not is_inside(folder, kept[-1]):
                 kept.append(folder)
         return kept
 
@@ -108,6 +112,8 @@ def class_images(root: Path, folder: Path, names: list[str], seen: Seen | None =
                 continue
             if entry.is_symlink() and not is_inside(target := os.path.realpath(entry.path), inside):
                 seen.linked.add(os.path.dirname(target))
+            if not entry.stat().st_size:
+                seen.empty.append(path)
             rows.append((path, label))
         if len(rows) == before:
             why = "".join(f"; {note}" for note in own.notes(root))
@@ -121,16 +127,24 @@ def _left_out(entry: os.DirEntry, path: str) -> str:
     """Why this is no image, or an empty text."""
     if entry.name.startswith("."):
         return HIDDEN
-    if os.path.isdir(entry.path):
-        return BELOW
-    if not os.path.isfile(entry.path):
-        return BROKEN
-    if not entry.name.lower().endswith(EXTENSIONS):
+    if not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
+        return BELOW if os.path.isdir(entry.path) else BROKEN
+    if not (entry.name.lower().endswith(EXTENSIONS) and _begins_as_usual(entry.path)):
         from lifequant.data.decode import is_image  # which needs torch
 
         if not is_image(Path(entry.path)):
             return OTHER
     return ODD if leaves_root(path) else ""
+
+
+def _begins_as_usual(path: str) -> bool:
+    """False for a web page that was saved as a picture. An empty file may be a placeholder, and the run names what it can't open."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(4)
+    except OSError:
+        return True
+    return not head or head.startswith(_BEGINS)
 
 
 def _files_below(entry: os.DirEntry) -> int:
