@@ -37,7 +37,8 @@ def calibrate(q: nn.Module, batches: Tensor | Iterable[Any], num_batches: int = 
     device = next((p.device for p in q.parameters()), None)
     batches = itertools.islice([batches] if torch.is_tensor(batches) else batches, num_batches)
     _remove_hook(q)
-    if not _calibrate_on_calls(q, (((_input(batch).to(device),), {}) for batch in batches)):
+    inputs = (x.to(device) for x in map(_input, batches) if x.numel())
+    if not _calibrate_on_calls(q, (((x,), {}) for x in inputs)):
         calibrate_at_first_forward(q)
         raise UserError("calibrate: there is no batch to set the scales from")
 
@@ -155,14 +156,13 @@ def calibrate_at_first_forward(q: nn.Module, _: Any = None) -> None:
 
 def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     """The forward pre-hook of a model whose scales are not set. It removes itself."""
-    _remove_hook(q)
-    if _is_calibrated(q):
-        return
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        calibrate_at_first_forward(q)
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and not _is_calibrated(q):
         raise UserError(
             "the scales of this quantized model are not set: calibrate(q, batches) before it is exported or traced"
         )
+    _remove_hook(q)
+    if _is_calibrated(q):
+        return
     sizes = [t.numel() for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
     if sizes and not any(sizes):
         calibrate_at_first_forward(q)  # nothing to set scales from
