@@ -72,19 +72,30 @@ def test_anchors_of_a_run(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", registry.names("quantizer"))
-def test_quantizers_compute_in_float32(name):
-    """A bfloat16 input has the codes of the same numbers in float32, and its values come out in float32."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantizers_compute_in_float32(name, dtype):
+    """An input of a half type has the codes of the same numbers in float32, and the values in its own type; so have weights
+    of a module that becomes one, whose own numbers stay in float32."""
     for bits in (4, 8):
         quant = registry.quantizer(name).activation(bits)
-        x = torch.randn(64, 33, generator=torch.Generator().manual_seed(bits)).to(torch.bfloat16)
+        x = torch.randn(64, 33, generator=torch.Generator().manual_seed(bits)).to(dtype)
         quant.calibrate(x.float().relu())
         relu = QuantReLU(quant)
-        assert torch.equal(relu(x), relu(x.float())) and relu(x).dtype == torch.float32
-    assert QuantReLU(torch.nn.Identity())(x).dtype == torch.bfloat16  # at 32 bits nothing is quantized
+        expected = relu(x.float())
+        assert torch.equal(relu(x), expected.to(dtype)) and expected.dtype == torch.float32
+        assert torch.equal(relu.to(dtype)(x), expected.to(dtype))
+        layer = layer_of(name, True, bits)
+        weight = layer.weight.detach().to(dtype)
+        expected = layer.weight_quant(weight.float()), layer.weight_quant.codes(weight.float())
+        layer.to(dtype)
+        assert torch.equal(layer.weight_quant(layer.weight), expected[0].to(dtype))
+        assert torch.equal(layer.weight_quant.codes(layer.weight), expected[1])
+        assert all(t.dtype == torch.float32 for t in layer.weight_quant.state_dict().values())
+    assert QuantReLU(torch.nn.Identity())(x).dtype == dtype  # at 32 bits nothing is quantized
 
 
 def test_amp_takes_the_convolutions_alone():
-    """Under autocast convolutions give bfloat16, what they take are quantized values, gradients are float32."""
+    """Under autocast convolutions give and take bfloat16, gradients are float32."""
     torch.manual_seed(0)
     quantizer = registry.quantizer("lsq")
     net = registry.model("resnet20")(5, Scheme(quantizer, quantizer))
@@ -94,12 +105,12 @@ def test_amp_takes_the_convolutions_alone():
     for name, module in net.named_modules():
         if isinstance(module, QuantConv2d):
             module.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, out.dtype))
-    inputs: list[torch.dtype] = []
-    net.layer1[0].relu1.act_quant.register_forward_hook(lambda m, args, out: inputs.append(args[0].dtype))
+    values: list[torch.dtype] = []
+    net.layer1[0].relu1.act_quant.register_forward_hook(lambda m, args, out: values.extend((args[0].dtype, out.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         logits = net(x)
     logits.float().square().sum().backward()
-    assert set(seen.values()) == {torch.bfloat16} and len(seen) == 19 and inputs == [torch.float32]
+    assert set(seen.values()) == {torch.bfloat16} and len(seen) == 19 and set(values) == {torch.bfloat16}
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
     close = (logits.float() - net(x)).abs().max() / net(x).abs().max()
     assert 0 < close < 0.2

@@ -28,12 +28,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, raises UserError instead of exiting, names the flag that is meant by an unknown one."""
+    """Takes no abbreviations, raises UserError instead of exiting, names the flag that is meant by an unknown one.
+
+    A text that begins with ``~`` names the user's home folder, for a shell leaves the ``~`` of ``--out=~/runs`` as it is.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", _Help)
         super().__init__(*args, **kwargs)
+        self.register("type", None, os.path.expanduser)  # of the flags that have no type of their own
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -43,13 +43,13 @@ def read_text(path: Path, most: int) -> str:
         return file.read(most).decode("utf-8")
 
 
-def stats_inside(root: Path, paths: Iterable[str]) -> list[os.stat_result | None]:
+def stats_inside(root: Path, paths: Iterable[str], linked: Iterable[str] = ()) -> list[os.stat_result | None]:
     """The status of each file below ``root``, or None if it is missing. ``root`` itself may be a symbolic link.
 
     Each folder is resolved only once: a large data set would take seconds more otherwise.
-    Raises UserError for a path that a symbolic link leads out of ``root``.
+    Raises UserError for a path that a symbolic link leads out of ``root`` and out of the folders ``linked``.
     """
-    top, real = f"{root}{os.sep}", os.path.realpath(root)
+    top, allowed = f"{root}{os.sep}", {os.path.realpath(folder) for folder in (root, *linked)}
     checked: set[str] = set()
     found: list[os.stat_result | None] = []
     for path in paths:
@@ -57,11 +57,11 @@ def stats_inside(root: Path, paths: Iterable[str]) -> list[os.stat_result | None
         status = None
         try:
             if folder not in checked:
-                _check_inside(real, top + folder, root, path)
+                _check_inside(allowed, top + folder, root, path)
                 checked.add(folder)
             status = os.lstat(top + path)
             if stat.S_ISLNK(status.st_mode):
-                _check_inside(real, top + path, root, path)
+                _check_inside(allowed, top + path, root, path)
                 status = os.stat(top + path)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
@@ -73,10 +73,15 @@ def stats_inside(root: Path, paths: Iterable[str]) -> list[os.stat_result | None
     return found
 
 
-def _check_inside(real: str, path: str, root: Path, name: str) -> None:
-    target = os.path.realpath(path)
-    if target != real and not target.startswith(real.rstrip(os.sep) + os.sep):
+def _check_inside(allowed: set[str], path: str, root: Path, name: str) -> None:
+    target = Path(os.path.realpath(path))
+    if allowed.isdisjoint(map(str, (target, *target.parents))):
         raise UserError(
             f"{root}: a symbolic link leads {short(name)!r} out of the image root: put the files themselves there, "
-            "or name the folder that has them by --data_dir"
+            "make the task CSVs again, or name the folder that has the files by --data_dir"
         )
+
+
+def is_inside(target: str, folder: str) -> bool:
+    """Whether ``target`` is ``folder`` or lies in it; both are paths without links."""
+    return target == folder or target.startswith(folder.rstrip(os.sep) + os.sep)

@@ -23,6 +23,7 @@ from lifequant.data.image_cache import load_images
 from lifequant.data.image_root import checked_images, image_root
 from lifequant.data.image_storage import choose_location
 from lifequant.data.replay import stored_rows
+from lifequant.data.same_images import Spellings, Tables
 from lifequant.data.split import long_tail, lowest, share_of_each
 from lifequant.data.task import Task
 from lifequant.data.task_csv import Rows, csv_name, leaves_root, prefixes, read_rows, task_numbers
@@ -128,12 +129,13 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
         if task not in tests:
             raise UserError(f"{folder}: {csv_name(prefix, 'test', task)} is missing; make it with --source test")
     names = _class_names(config, record, [*every.values(), *tests.values()], folder)
-    label_of = _labels(
-        folder,
-        prefix,
-        {("train", t): rows for t, rows in every.items()} | {("test", t): rows for t, rows in tests.items()},
-        names,
-    )
+    tables = {("train", t): rows for t, rows in every.items()} | {("test", t): rows for t, rows in tests.items()}
+    _check_labels(folder, prefix, tables, names)
+    root = image_root(config, record, folder, prefix)
+    spellings = Spellings(root, tables, folder, prefix, say)
+    every = {t: spellings.tables["train", t] for t in every}
+    tests = {t: spellings.tables["test", t] for t in tests}
+    label_of = {image: label for rows in spellings.tables.values() for image, label in rows}
 
     kept = _long_tail(config, record, every, label_of, len(names), say)
     held = _held_out(config, kept, label_of)
@@ -142,14 +144,13 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     for t, images in zip(ids, new, strict=True):
         if not images:
             raise UserError(f"{folder / csv_name(prefix, 'train', t)}: no training image is left for task {t}")
-    replay = _replay_csv(config, folder, prefix, ids, every, say)
+    replay = _replay_csv(config, folder, prefix, ids, every, spellings, say)
     if replay is not None:
         replay = [[image for image in images if image in kept and image not in held] for images in replay]
 
-    root = image_root(config, record, folder, prefix)
     train = sorted(set().union(*new, *held_out))
     test = sorted({image for t in ids for image, _ in tests[t]})
-    stats = checked_images(root, sorted({*train, *test}), prefix)
+    stats = checked_images(root, sorted({*train, *test}), prefix, record.get("linked") or [])
     cache = cache_dir_of(config.cache_dir)
     where = choose_location(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
 
@@ -212,8 +213,8 @@ def _class_names(config: Config, record: dict, tables: list[Rows], folder: Path)
     return names
 
 
-def _labels(folder: Path, prefix: str, tables: dict[tuple[str, int], Rows], names: list[str]) -> dict[str, int]:
-    """{image: label}, after checks: labels are known, no path leaves the image root, train and test share no image."""
+def _check_labels(folder: Path, prefix: str, tables: Tables, names: list[str]) -> None:
+    """Raises UserError for an unknown label, a path that leaves the image root, an image of train and test both."""
     label_of: dict[str, int] = {}
     kind_of: dict[str, str] = {}
     for (kind, task), rows in tables.items():
@@ -229,7 +230,6 @@ def _labels(folder: Path, prefix: str, tables: dict[tuple[str, int], Rows], name
                 raise UserError(f"{file}: {short(image)} has the label {label}, elsewhere {label_of[image]}")
             if kind_of.setdefault(image, kind) != kind:
                 raise UserError(f"{file}: {short(image)} is in training and test CSVs both")
-    return label_of
 
 
 def _long_tail(
@@ -260,7 +260,7 @@ def _held_out(config: Config, kept: set[str], label_of: dict[str, int]) -> set[s
 
 
 def _replay_csv(
-    config: Config, folder: Path, prefix: str, ids: list[int], every: dict[int, Rows], say
+    config: Config, folder: Path, prefix: str, ids: list[int], every: dict[int, Rows], spellings: Spellings, say
 ) -> list[list[str]] | None:
     """The images that the replay CSVs name; None where there are none, or where a flag asks for another sample."""
     present = task_numbers(folder, prefix, "replay")
@@ -274,11 +274,11 @@ def _replay_csv(
         file = folder / csv_name(prefix, "replay", task)
         own = dict(every[task])
         for image, label in (rows := read_rows(file)):
-            if own.get(image) != label:
+            if own.get(spellings.of(image)) != label:
                 raise UserError(
                     f"{file}: {short(image)} is not in {csv_name(prefix, 'train', task)} with the label {label}"
                 )
-        replay.append([image for image, _ in rows])
+        replay.append(list(dict.fromkeys(spellings.of(image) for image, _ in rows)))
     say(f"replay: the images that the replay CSVs in {folder} name")
     return replay
 

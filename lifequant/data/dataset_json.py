@@ -2,12 +2,14 @@
 
 Keys: schema, name (the CSVs' prefix), class_names (sorted; a label is an index into it), image_root (absolute, or null if
 unknown), num_tasks, diminish_rate (share, null for domains), seed, lt_gamma and images_per_class (of the training
-CSVs), domains (or null), tasks ([{"classes": [labels]}]), counts ({"train", "test", "replay": [images of each task]}).
+CSVs), domains (or null), tasks ([{"classes": [labels]}]), counts ({"train", "test", "replay": [images of each task]}),
+linked (only where links in the image root lead out of it: the folders, absolute, where runs may read too).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from unicodedata import category
@@ -99,6 +101,10 @@ def _are_names(value: object) -> bool:
     )  # fmt: skip
 
 
+def _are_folders(value: object) -> bool:
+    return isinstance(value, list) and all(_is_name(folder, 4096) and os.path.isabs(folder) for folder in value)
+
+
 def _are_tasks(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(task, dict) and isinstance(task.get("classes"), list) and all(map(_is_whole, task["classes"]))
@@ -123,6 +129,7 @@ _CONTENT = {
     "domains": (_are_names, "a list of different names"),
     "tasks": (_are_tasks, 'a list of {"classes": [labels]}'),
     "counts": (_are_counts, "lists of whole numbers"),
+    "linked": (_are_folders, "a list of folders' names"),
 }
 
 
@@ -139,6 +146,9 @@ def merged(folder: Path, new: Record, source: str) -> Record:
         raise UserError(
             f"{folder / FILE} is of another data set ({old.get('name')}): choose another folder by --output_dir"
         )
+    linked = sorted({*new.get("linked", []), *(old.get("linked") or [])})
+    if linked and old.get("image_root") == new["image_root"]:
+        new = {**new, "linked": linked}
     differ = [key for key in _SHARED if old.get(key) != new[key]]
     if old.get("image_root") is None and "image_root" in differ:
         differ.remove("image_root")

@@ -99,6 +99,15 @@ def decode(path: Path, size: int) -> tuple[Tensor, str | None]:
         raise _unreadable(path, error) from None
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file begins as an image does. Its pixels are not read."""
+    try:
+        with quiet(), open_regular(path, _MOST_BYTES) as file, _opened(path, file):
+            return True
+    except (OSError, UserError):
+        return False
+
+
 def _opened(path: Path, file: BinaryIO) -> Image.Image:
     return _guarded(path, lambda: Image.open(file, formats=FORMATS))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lifequant.common.commands import prepare_command
@@ -23,7 +24,7 @@ def image_root(config: Config, record: dataset_json.Record, folder: Path, prefix
             config.data_dir, "--data_dir", f"make the images: {prepare_command(prefix, config.data_dir)}"
         )
     if record.get("image_root"):
-        root = Path(record["image_root"])
+        root = Path(record["image_root"]).expanduser()
         if not os.path.isdir(root):  # False too where the name is longer than any may be
             raise UserError(
                 f"{folder / dataset_json.FILE} says the images are in {short(root)}, which is not there: name the folder by --data_dir"
@@ -32,9 +33,9 @@ def image_root(config: Config, record: dataset_json.Record, folder: Path, prefix
     return (TOP or Path.cwd()) / "data_dir" / prefix
 
 
-def checked_images(root: Path, paths: list[str], prefix: str) -> dict[str, os.stat_result]:
-    """The size and time of each image. Raises UserError if one is missing or lies outside ``root``."""
-    stats = dict(zip(paths, stats_inside(root, paths), strict=True))
+def checked_images(root: Path, paths: list[str], prefix: str, linked: Sequence[str] = ()) -> dict[str, os.stat_result]:
+    """The size and time of each image. Raises UserError if one is missing or lies outside ``root`` and the folders ``linked``."""
+    stats = dict(zip(paths, stats_inside(root, paths, linked), strict=True))
     missing = [path for path in paths if stats[path] is None]
     if missing:
         command = prepare_command(prefix, str(root))

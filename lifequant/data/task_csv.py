@@ -2,17 +2,21 @@
 
 ``<prefix>_train.csv`` has each training image once, ``<prefix>_train0.csv``, ``<prefix>_train1.csv``, ... those of each
 task; ``test`` and ``replay`` (no file over all tasks) likewise. Columns: image (path relative to the data folder, with
-/), label (the class's index among the sorted class names).
+/), label (the class's index among the sorted class names). CSVs of other programs may have more columns, other separators
+(; and tab) and quotes, and blanks around names and labels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lifequant.common.commands import command
 from lifequant.common.errors import UserError, closest
@@ -103,17 +107,63 @@ class _Lines:
 
 
 def _rows_of_text(path: Path) -> Iterator[list[str]]:
-    """Each row's values. Raises UserError."""
+    """Each row's values, separated and quoted as the header is. Raises UserError."""
     try:
         with open_regular(path, _MOST_BYTES) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
+            style = _style(file.readline(_MOST_ROW))
+            file.seek(0)
             lines = _Lines(file)
-            for row in csv.reader(lines, strict=True):
+            for row in csv.reader(lines, strict=True, **style):
                 lines.left = _MOST_ROW
                 yield row
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV ({error})") from None
+
+
+def _style(header: str) -> dict[str, Any]:
+    """What csv.reader must know of a CSV with this first line; commas and double quotes where it has no known columns."""
+    for delimiter, quote in itertools.product(",;\t", "\"'"):
+        style = {"delimiter": delimiter, "quotechar": quote, "skipinitialspace": delimiter + " " in header}
+        with contextlib.suppress(csv.Error, StopIteration):
+            columns = _columns(next(csv.reader([header], **style)))
+            if "image" in columns and "label" in columns:
+                return style
+    return {}
+
+
+def _columns(header: list[str]) -> list[str]:
+    """The names of the columns, without blanks, byte order marks of files that were joined, and capitals."""
+    if "image" in header and "label" in header:
+        return header
+    names = [name.strip("\ufeff \t") for name in header]
+    return names if "image" in names and "label" in names else [name.lower() for name in names]
+
+
+def _label(text: str) -> str:
+    """A label as it is meant: blanks and quotes around it are no part of it, and pandas writes 3 as 3.0 in a column with gaps."""
+    return re.sub(r"\.0+$", "", text.strip(" \t\"'"))
+
+
+def _no_column(path: Path, header: list[str], column: str) -> UserError:
+    shown = short(", ".join(header)) or "none"
+    if len(header) > 1 and any(map(_is_label, header)):
+        return UserError(
+            f"{path}: no column '{column}', for its first row is no header ({shown}): write image,label above"
+        )
+    return UserError(f"{path}: no column '{column}' (columns: {shown})")
+
+
+def _is_label(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 9
+
+
+def plain(image: str) -> str:
+    """``image`` without what says nothing: ``./``, ``/./``, ``//``."""
+    if "//" not in image and "./" not in image:
+        return image
+    return "/".join(part for part in image.split("/") if part not in ("", "."))
 
 
 def read_rows(path: Path) -> Rows:
@@ -123,20 +173,24 @@ def read_rows(path: Path) -> Rows:
     """
     lines = _rows_of_text(path)
     header = next(lines, [])
+    columns = _columns(header)
     for column in ("image", "label"):
-        if column not in header:
-            raise UserError(f"{path}: no column '{column}' (columns: {short(', '.join(header)) or 'none'})")
-    image, label = header.index("image"), header.index("label")
+        if column not in columns:
+            raise _no_column(path, header, column)
+    image, label = columns.index("image"), columns.index("label")
     rows: Rows = []
     for number, line in enumerate(lines, start=2):
         if not line:  # an empty line, which many editors leave at the end
             continue
         if len(line) != len(header):
-            raise UserError(f"{path}, row {number}: {len(line)} values where the header has {len(header)} columns")
-        if not (line[label].isascii() and line[label].isdigit() and len(line[label]) <= 9):
+            if len(line) < len(header) or any(line[len(header) :]):
+                raise _other_length(path, number, line, header)
+            line = line[: len(header)]  # commas at the end
+        text = line[label] if _is_label(line[label]) else _label(line[label])
+        if not _is_label(text):
             shown = repr(short(line[label]))
             raise UserError(f"{path}, row {number}: the label {shown} is not a whole number of at least 0")
-        if (value := int(line[label])) >= MOST_CLASSES:
+        if (value := int(text)) >= MOST_CLASSES:
             raise UserError(
                 f"{path}, row {number}: the label {value} is above {MOST_CLASSES - 1}: labels count the classes from 0"
             )
@@ -151,7 +205,13 @@ def read_rows(path: Path) -> Rows:
         rows.append((line[image], value))
     if not rows:
         raise UserError(f"{path}: no images")
-    if len({image for image, _ in rows}) < len(rows):
-        twice = Counter(image for image, _ in rows).most_common(1)[0][0]
+    if len({plain(image) for image, _ in rows}) < len(rows):
+        twice = Counter(plain(image) for image, _ in rows).most_common(1)[0][0]
         raise UserError(f"{path}: {short(twice)} is there more than once")
     return rows
+
+
+def _other_length(path: Path, number: int, line: list[str], header: list[str]) -> UserError:
+    index = len(line) == len(header) + 1 and line[0].isdigit()
+    why = ": its index column has no name: write it without (row.names=FALSE in R)" if index else ""
+    return UserError(f"{path}, row {number}: {len(line)} values where the header has {len(header)} columns{why}")

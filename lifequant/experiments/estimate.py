@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lifequant.config import REPLAY_RATE
-from lifequant.data.create.tasks import class_images, class_names
+from lifequant.data.create.class_folders import class_images, class_names
 from lifequant.experiments.grid import Run, checked
 from lifequant.experiments.grid_tasks import classes_of_tasks
 

@@ -10,6 +10,8 @@ from typing import Any
 from lifequant.common.arguments import share
 from lifequant.common.errors import UserError, closest
 from lifequant.common.files import write_all
+from lifequant.data import dataset_json
+from lifequant.data.create.class_folders import Seen
 from lifequant.data.create.tasks import checked_tasks, csv_files, folder_images, rows_of_tasks
 from lifequant.data.split import lowest
 from lifequant.data.task_csv import Rows
@@ -65,18 +67,22 @@ def classes_of_tasks(tasks: dict[str, Any], classes: int, seed: int) -> list[lis
 
 def write_tasks(tasks: dict[str, Any], seed: int, data_dir: Path, folder: Path) -> None:
     """Write the task CSVs into ``folder``. Raises UserError."""
-    names, rows = folder_images(data_dir, data_dir, "train")
+    seen = Seen()
+    names, rows = folder_images(data_dir, data_dir, "train", seen)
     if tasks.get("images_per_class"):
         rows = pick(rows, tasks["images_per_class"], seed, "thin")
     if tasks.get("held_out"):  # no test image is read
         held = set(pick(rows, round(tasks["images_per_class"] * tasks["held_out"]), seed, "held_out"))
         rows, test = [row for row in rows if row not in held], [row for row in rows if row in held]
     else:
-        _, test = folder_images(data_dir, data_dir, "test")
+        _, test = folder_images(data_dir, data_dir, "test", seen)
     classes = classes_of_tasks(tasks, len(names), seed)
     files: dict[str, str] = {}
     for side, of_side in (("train", rows), ("test", test)):
         files |= csv_files(tasks["dataset"], side, rows_of_tasks(of_side, classes))
+    if seen.linked:  # the runs must know where links may lead
+        record = dataset_json.record(tasks["dataset"], names, classes, data_dir, seed, None)
+        files[dataset_json.FILE] = dataset_json.text({**record, "linked": seen.outside()})
     write_all({folder / name: text for name, text in files.items()})
 
 

@@ -111,7 +111,7 @@ class Anchored(Penalty):
 def codes_and_scale(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
     """(codes, scale) or (values, 1) of a layer's quantized weights: their product is these, bit for bit."""
     weight, quant = layer.weight.detach(), layer.weight_quant
-    if isinstance(quant, FakeQuant) and quant.linear:
+    if isinstance(quant, FakeQuant) and quant.linear and quant.output_gain is None:
         return quant.codes(weight).to(torch.int8), quant.broadcast_channels(quant.scale(), weight)
     return quant(weight).detach(), weight.new_ones(())
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lifequant.qat.layers import fake_quants, weight_layers
 from lifequant.qat.modes import preserve_state
-from lifequant.quantizers.base import FakeQuant
+from lifequant.quantizers.base import HALF, FakeQuant
 
 
 @contextmanager
@@ -37,7 +38,10 @@ def calibrate_network(model: nn.Module, x: Tensor) -> None:
     statistics do not change. Raises UserError if a value is not finite.
     """
     calibrate_weights(model)
-    with preserve_state(model), hook_activations(model, lambda name, quant, value: calibrate_quantizer(quant, value)):
+    with (
+        preserve_state(model, train=True),
+        hook_activations(model, lambda name, quant, value: calibrate_quantizer(quant, value)),
+    ):
         model(x)
 
 
@@ -51,5 +55,11 @@ def calibrate_weights(model: nn.Module) -> None:
 
 def calibrate_quantizer(quant: FakeQuant, x: Tensor) -> None:
     """Set one quantizer's scale from ``x`` and mark the quantizer as calibrated."""
-    quant.calibrate(x)
+    quant.calibrate(x.float() if x.dtype in HALF else x)
     quant.calibrated = True
+
+
+def is_empty(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has tensors and no value in any of them, so that no scale can be set from it."""
+    sizes = [t.numel() for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
+    return bool(sizes) and not any(sizes)

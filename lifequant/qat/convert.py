@@ -2,7 +2,7 @@
 
 >>> import torchvision
 >>> from lifequant import calibrate, quantize_model
->>> q = quantize_model(torchvision.models.resnet18(), quantizer="proxq", weight_bits=4, act_bits=4)
+>>> q = quantize_model(torchvision.models.resnet18(), weight_bits=4, act_bits=4)
 >>> calibrate(q, loader)  # doctest: +SKIP
 >>> print(q.quantization)  # doctest: +SKIP
 
@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
-from lifequant.qat.convert_calibration import calibrate, calibrate_at_first_forward
+from lifequant.qat.convert_calibration import after_loading, calibrate, calibrate_at_first_forward
 from lifequant.qat.convert_functions import FunctionCalls, find_function_calls
 from lifequant.qat.convert_report import describe, warn_of_functions, why_float
 from lifequant.qat.copying import copied
@@ -30,6 +30,7 @@ from lifequant.qat.layers import (
     QuantReLU,
     Scheme,
     check_bits,
+    fake_quants,
     set_layer_bits,
     to_torch_layers,
 )
@@ -40,7 +41,7 @@ __all__ = ["calibrate", "quantize_model"]
 
 def quantize_model(
     model: nn.Module,
-    quantizer: str | Quantizer = "proxq",
+    quantizer: str | Quantizer = "lsq",
     weight_bits: int = 4,
     act_bits: int = 4,
     first_last_bits: int | None = 8,
@@ -54,7 +55,7 @@ def quantize_model(
 
     Every nn.Conv2d and nn.Linear gets a weight quantizer, and every nn.ReLU and nn.ReLU6 gets a quantizer for its output.
     Everything else stays float: subclasses of these layers, other activations, weights that several modules share,
-    parametrized weights, and ReLU that the model calls as a function (this is warned of). ``q.quantization`` (a ``Quantization``) lists all of it, and ``verbose`` prints the list.
+    parametrized or constant weights, and ReLU that the model calls as a function (this is warned of). ``q.quantization`` (a ``Quantization``) lists all of it, and ``verbose`` prints the list.
 
     ``quantizer`` and ``act_quantizer`` (by default the same) are names, or results of ``registry.quantizer(name,
     **options)``. Bit-widths are 2, 3, 4, 5, 6, 8 or 32, which means float. ``first_last_bits`` is the bit-width of the
@@ -63,7 +64,8 @@ def quantize_model(
     weight has one scale for each output channel. ``layer_bits`` gives bit-widths by name, see
     ``lifequant.qat.layers.set_layer_bits``.
 
-    The model's float state dict loads into ``q`` strictly. ``calibrate`` sets the scales. Without it, the first forward
+    The model's float state dict loads into ``q`` strictly. So does the state dict of another ``q``; where that has other
+    bits or another quantizer, its weights are loaded, a warning says so, and the scales are set anew. ``calibrate`` sets the scales. Without it, the first forward
     pass sets them from its batch, and warns. In a loop of your own, ``lifequant.qat.scales`` has ``param_groups`` and
     ``Scales``, which train the scales as this package does. Compile the model after calibration. Raises UserError for a
     model that can't be quantized and for wrong bit-widths, and TypeError for an unknown argument.
@@ -91,13 +93,26 @@ def quantize_model(
     )
     stays_float = _convert_layers(q, scheme)
     set_layer_bits(q, scheme, layer_bits or {})
+    device = next((p.device for p in q.parameters()), None)
+    for name, quant in fake_quants(q):
+        quant.prepare_to_convert(of_weight=name.endswith("weight_quant"))
+        quant.to(device)
     q.quantization = describe(q, stays_float, calls)
-    q.register_load_state_dict_post_hook(calibrate_at_first_forward)
+    q.register_load_state_dict_post_hook(after_loading)
     calibrate_at_first_forward(q)
     warn_of_functions(q, calls)
     if verbose:
         print(q.quantization)
     return q
+
+
+def _why_no_scale(weight: Tensor, per_channel: bool) -> str:
+    """Why no scale suits a weight; empty if one does."""
+    if weight.is_meta or not weight.numel():
+        return ""
+    if per_channel and weight[0].numel() == 1:
+        return "one weight for each scale"
+    return "its weights are all alike" if bool((weight == weight.flatten()[0]).all()) else ""
 
 
 def _family(quantizer: str | Quantizer) -> Quantizer:
@@ -126,13 +141,17 @@ def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     stays_float = {name: why for name, module in modules.items() if (why := why_float(name, module, owners))}
-    converted = 0
+    converted, left = 0, dict(stays_float)
     for name, module in modules.items():
         if name in stays_float:
             continue
         if isinstance(module, nn.Conv2d | nn.Linear):
             layer_type = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            layer_type.convert_(module, scheme.weight(module.weight.shape[0], name in first_last))
+            no_scale = _why_no_scale(module.weight, scheme.per_channel)
+            bits = 32 if no_scale else None
+            layer_type.convert_(module, scheme.weight(module.weight.shape[0], name in first_last, bits))
+            if no_scale:
+                left[name] = f"{type(module).__name__.removeprefix('Quant')}, {no_scale}"
             converted += 1
         elif isinstance(module, nn.ReLU | nn.ReLU6):
             QuantReLU.convert_(module, scheme.activations.activation(scheme.act_bits))
@@ -145,4 +164,4 @@ def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
             "quantize_model: the model has no nn.Conv2d, nn.Linear or nn.ReLU that can be quantized"
             + (f"; these stay float: {'; '.join(reasons)}" if reasons else "")
         )
-    return stays_float
+    return left

@@ -5,58 +5,143 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError
-from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations
+from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations, is_empty
 from lifequant.qat.convert_report import Quantization, add_findings
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, fake_quants
+from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, fake_quants, weight_layers
 from lifequant.qat.modes import preserve_state
+from lifequant.qat.refit import refit_activation, refit_weight, relative_error
 from lifequant.quantizers.base import FakeQuant, sample
 
 NUM_BATCHES = 8  # batches that calibrate() reads
 NUM_VALUES = 2**14  # values of one tensor in one batch that are kept to set a scale
 
 
-def calibrate(q: nn.Module, batches: Tensor | Iterable[Any], num_batches: int = NUM_BATCHES) -> None:
+def calibrate(
+    q: nn.Module,
+    batches: Tensor | Iterable[Any],
+    num_batches: int = NUM_BATCHES,
+    *,
+    train: bool | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
     """Set all scales, in place, from the weights and from the first ``num_batches`` batches, layer after layer.
 
-    ``batches`` is an iterable of inputs [N, ...] or of tuples that begin with an input, as a DataLoader gives them, or it
-    is one tensor. Each scale is set from everything that its quantizer received in all batches so far (a sample of 16,384
+    ``batches`` is an iterable, as a DataLoader, or one tensor. Of a tuple the first element is the input (a tensor [N, ...],
+    or what else the model takes, like a detector's list of images), and a dict holds keyword arguments. With ``forward``,
+    ``forward(q, batch)`` runs the model on a batch as it comes from ``batches``: a model with two inputs needs it.
+
+    Each scale is set from everything that its quantizer received in all batches so far (a sample of 16,384
     values of each tensor, which includes the minimum and the maximum). Layers in front of it are quantized already. The
-    model runs in train mode (in eval mode for a batch of one image), without dropout. Its modes, BatchNorm's statistics
-    and the state of the random number generators do not change. ``q.quantization`` lists what the calibration found.
-    Raises UserError if there is no batch or if a value is not finite.
+    model runs without dropout, in the mode that it is in; ``train`` gives it another mode. A model in train mode runs a batch
+    of one image in eval mode, since BatchNorm needs two values. Its modes, buffers and the state of torch's random number
+    generators do not change. ``q.quantization`` lists what the calibration found: a warning names the layers whose values the
+    quantizer changes out of proportion to its bits (qat/refit.py). Raises UserError if there is no batch or if a value is
+    not finite; the scales are the former ones then, as after any error.
     """
     if not isinstance(getattr(q, "quantization", None), Quantization):
         raise UserError("calibrate takes a model that quantize_model made")
     device = next((p.device for p in q.parameters()), None)
     batches = itertools.islice([batches] if torch.is_tensor(batches) else batches, num_batches)
+    calls = (((batch,), {}) for batch in batches) if forward else (_call(batch, device) for batch in batches)
+    calls = (call for call in calls if not is_empty(*call))
     _remove_hook(q)
-    inputs = (x.to(device) for x in map(_input, batches) if x.numel())
-    if not _calibrate_on_calls(q, (((x,), {}) for x in inputs)):
+    try:
+        _calibrate_on_calls(q, calls, train, forward)
+    finally:
         calibrate_at_first_forward(q)
-        raise UserError("calibrate: there is no batch to set the scales from")
 
 
-def _input(batch: Any) -> Tensor:
+def _call(batch: Any, device: torch.device | None) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward call."""
+    if isinstance(batch, Mapping):
+        return (), _to(batch, device)
     x = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-    if not torch.is_tensor(x):
+    if not isinstance(x, Tensor | list | tuple | Mapping):
         raise UserError(
-            f"calibrate: a batch must be a tensor, or a tuple that begins with a tensor, not a {type(x).__name__}; for a "
-            "model with other inputs, leave out calibrate: its first forward pass calibrates it"
+            f"calibrate: a batch must be a tensor, a tuple that begins with the input, or a dict of keyword arguments, not a "
+            f"{type(x).__name__}: forward=lambda q, batch: q(...) says how the model takes it"
         )
-    return x
+    return (_to(x, device),), {}
+
+
+def _to(value: Any, device: torch.device | None) -> Any:
+    """``value`` with the tensors in it on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _to(v, device) for name, v in value.items()}
+    return type(value)(_to(v, device) for v in value) if type(value) in (list, tuple) else value
+
+
+@contextmanager
+def _whole_or_not_at_all(q: nn.Module) -> Iterator[None]:
+    """After an error inside, all quantizers are as they were."""
+    quants = [quant for _, quant in fake_quants(q)]
+    former = [({n: p.detach().clone() for n, p in quant._parameters.items()}, _copies(quant)) for quant in quants]
+    flags = [quant._calibrated for quant in quants]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for quant, (parameters, buffers), flag in zip(quants, former, flags, strict=True):
+                for name, value in parameters.items():
+                    quant._parameters[name].copy_(value)
+                quant._buffers.update(buffers)
+                quant._calibrated = flag
+        raise
+
+
+def _copies(quant: FakeQuant) -> dict[str, Tensor | None]:
+    return {name: None if b is None else b.clone() for name, b in quant._buffers.items()}
 
 
 @torch.no_grad()
-def _calibrate_on_calls(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> int:
-    """Calibrate with forward calls (args, kwargs), and return how many there were."""
+def _calibrate_on_calls(
+    q: nn.Module,
+    calls: Iterable[tuple[tuple, dict]],
+    train: bool | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
+    """Calibrate with forward calls (args, kwargs). Raises UserError if there is none."""
+    with _whole_or_not_at_all(q):
+        observer, count = _observed(q, calls, train, forward)
+        if not count:
+            raise UserError("calibrate: there is no batch to set the scales from")
+    layers = [name for name, m in q.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)]
+    add_findings(q, layers, observer.float_inputs, observer.uses, observer.reached, _errors(q, observer))
+
+
+def _errors(q: nn.Module, observer: _Observer) -> dict[str, tuple[FakeQuant, float]]:
+    """{layer: its weights' or its outputs' quantizer, and their relative error}"""
+    weights = {n: (m.weight_quant, m.weight) for n, m in weight_layers(q) if isinstance(m.weight_quant, FakeQuant)}
+    outputs = {
+        name.removesuffix(".act_quant"): (quant, torch.cat(observer.inputs[name]))
+        for name, quant in fake_quants(q)
+        if name in observer.inputs
+    }
+    return {name: (quant, relative_error(quant, x)) for name, (quant, x) in {**weights, **outputs}.items()}
+
+
+def _observed(
+    q: nn.Module,
+    calls: Iterable[tuple[tuple, dict]],
+    train: bool | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> tuple[_Observer, int]:
+    """What the forward calls show, and how many there were. The scales are set meanwhile."""
     calibrate_weights(q)
+    for _, layer in weight_layers(q):
+        if isinstance(layer.weight_quant, FakeQuant):
+            refit_weight(layer.weight_quant, layer.weight)
     observer = _Observer()
     count = 0
     devices = sorted({p.device.index for p in q.parameters() if p.is_cuda})
@@ -65,18 +150,19 @@ def _calibrate_on_calls(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> in
         with torch.random.fork_rng(devices=devices), hook_activations(q, observer.set_scale):
             for args, kwargs in calls:
                 observer.begin_pass()
-                one_image = bool(args) and torch.is_tensor(args[0]) and args[0].shape[:1] == (1,)
-                with preserve_state(q, train=not one_image):  # BatchNorm needs two values of a channel in train mode
-                    q(*args, **kwargs)
+                mode = False if train is None and _is_one_image(*args, *kwargs.values()) else train
+                with preserve_state(q, mode):
+                    forward(q, *args) if forward else q(*args, **kwargs)
                 observer.end_pass()
                 count += 1
     finally:
         for handle in handles:
             handle.remove()
-    if count:
-        layers = [name for name, m in q.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)]
-        add_findings(q, layers, observer.float_inputs, observer.uses, observer.reached)
-    return count
+    return observer, count
+
+
+def _is_one_image(first: Any = None, *_: Any) -> bool:
+    return torch.is_tensor(first) and first.shape[:1] == (1,)
 
 
 class _Observer:
@@ -117,7 +203,9 @@ class _Observer:
         """Before an activation quantizer runs: set its scale from all of its inputs so far."""
         if x.numel():
             self.inputs.setdefault(name, []).append(_sample_with_extremes(x))
-            calibrate_quantizer(quant, torch.cat(self.inputs[name]))
+            values = torch.cat(self.inputs[name])
+            calibrate_quantizer(quant, values)
+            refit_activation(quant, values)
 
     def see_input(self, name: str, x: Tensor) -> None:
         """Before a layer with weights runs: find out whether its input is quantized."""
@@ -147,24 +235,37 @@ def _is_calibrated(q: nn.Module) -> bool:
     return all(quant.calibrated or not quant.state_dict() for _, quant in fake_quants(q))
 
 
-def calibrate_at_first_forward(q: nn.Module, _: Any = None) -> None:
-    """Let the first forward pass calibrate the model if any scale is not set. It is also a hook after loading a state dict."""
+def calibrate_at_first_forward(q: nn.Module) -> None:
+    """Let the first forward pass calibrate the model if any scale is not set."""
     _remove_hook(q)
     if not _is_calibrated(q):
         q.register_forward_pre_hook(_calibrate_first, with_kwargs=True)
 
 
+def after_loading(q: nn.Module, _: Any = None) -> None:
+    """The hook after loading a state dict: warns where that is of other quantizers, whose scales were not taken over."""
+    calibrate_at_first_forward(q)
+    unlike = {name: quant for name, quant in fake_quants(q) if quant.unlike}
+    if unlike:
+        name, quant = next(iter(unlike.items()))
+        warnings.warn(
+            f"load_state_dict: {len(unlike)} quantizers of the state are of another kind than the model's ({name}: "
+            f"{quant.unlike}, here {quant.kind}): the weights are loaded, and the scales are set anew by lifequant.calibrate, or "
+            "by the first forward pass",
+            stacklevel=4,
+        )
+
+
 def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     """The forward pre-hook of a model whose scales are not set. It removes itself."""
-    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and not _is_calibrated(q):
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # where no flag on a device can be read
         raise UserError(
-            "the scales of this quantized model are not set: calibrate(q, batches) before it is exported or traced"
+            "the scales of this model are not set: calibrate(q, batches), or run it once, before it is exported or traced"
         )
     _remove_hook(q)
     if _is_calibrated(q):
         return
-    sizes = [t.numel() for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-    if sizes and not any(sizes):
+    if is_empty(args, kwargs):
         calibrate_at_first_forward(q)  # nothing to set scales from
         return
     warnings.warn(
@@ -174,9 +275,19 @@ def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     )
     try:
         _calibrate_on_calls(q, [(args, kwargs)])
-    except Exception:
+        _share_scales(q)
+    finally:
         calibrate_at_first_forward(q)
-        raise
+
+
+@torch.no_grad()
+def _share_scales(q: nn.Module) -> None:
+    """Give all processes the scales of the first, which has other data than they have."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for _, quant in fake_quants(q):
+        for value in (*quant.parameters(), *quant.buffers()):
+            dist.broadcast(value.data, 0)
 
 
 def _remove_hook(q: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from lifequant.common.text import wrapped
 from lifequant.qat.convert_functions import FunctionCalls
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU
+from lifequant.qat.refit import is_out_of_proportion
 from lifequant.quantizers.base import FakeQuant
 
 MAX_NAMES = 4  # names in a group
@@ -19,7 +20,7 @@ MAX_NAMES = 4  # names in a group
 
 @dataclass
 class Quantization:
-    """What ``quantize_model`` did. ``calibrate`` fills in the last three fields. Names are those of named_modules()."""
+    """What ``quantize_model`` did. ``calibrate`` fills in the last five fields. Names are those of named_modules()."""
 
     swapped: dict[str, str]  # {quantized layer: "Conv2d, 4-bit weights (proxq)"}
     left: dict[str, str]  # {module that stays float: reason}
@@ -27,6 +28,8 @@ class Quantization:
     float_inputs: list[str] = field(default_factory=list)  # layers whose input no quantizer gave, with the first layer
     shared: dict[str, int] = field(default_factory=dict)  # {ReLU that runs several times in a pass: how often}
     unreached: list[str] = field(default_factory=list)  # layers that no pass reached; their scales are not set
+    errors: dict[str, float] = field(default_factory=dict)  # {layer: ||Q(x) - x|| / ||x|| of its weights or outputs}
+    inaccurate: list[str] = field(default_factory=list)  # layers whose error is out of proportion to their bits
 
     def __str__(self) -> str:
         """A line for each group of modules, wrapped at 80 columns: how many, what, and their names."""
@@ -36,6 +39,8 @@ class Quantization:
         rows += _grouped(uses)
         rows += [("float input, behind a ReLU called as a function", self.behind_functions)]
         rows += [("float input", self.float_inputs), ("not reached, not calibrated", self.unreached)]
+        errors = [f"{name} ({self.errors[name]:.2f})" for name in self.inaccurate]
+        rows += [("relative error out of proportion to the bits", errors)]
         return "\n".join(_row(len(names), text, names) for text, names in rows if names)
 
 
@@ -93,7 +98,7 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls)
             continue
         kind = type(module).__name__.removeprefix("Quant") + ("6" if getattr(module, "bound", None) else "")
         if not isinstance(quant, FakeQuant):
-            found.left[name] = f"{kind}, 32 bits"
+            found.left.setdefault(name, f"{kind}, 32 bits")
         else:
             beyond = ", more values than its bits allow" if quant.exceeds_bits else ""
             found.swapped[name] = f"{kind}, {quant.bits}-bit {quantity} ({type(quant).__name__}{beyond})"
@@ -120,11 +125,18 @@ def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
 
 
 def add_findings(
-    q: nn.Module, layers: list[str], float_inputs: set[str], uses: Mapping[str, int], reached: set[str]
+    q: nn.Module,
+    layers: list[str],
+    float_inputs: set[str],
+    uses: Mapping[str, int],
+    reached: set[str],
+    errors: Mapping[str, tuple[FakeQuant, float]],
 ) -> None:
     """Add what a calibration found to the report of ``q``, and warn of it if it is new."""
     report: Quantization = q.quantization
-    former = report.float_inputs, report.unreached
+    former = report.float_inputs, report.unreached, report.inaccurate
+    report.errors = {name: error for name, (_, error) in errors.items()}
+    report.inaccurate = [name for name in layers if name in errors and is_out_of_proportion(*errors[name])]
     report.float_inputs = [name for name in layers if name in float_inputs]
     report.unreached = [name for name in layers if name not in reached]
     report.shared = {name: uses[name] for name in layers if uses[name] > 1}
@@ -134,5 +146,12 @@ def add_findings(
         lines.append(f"{of} layers have an input that no quantizer gave: {_shortened(report.float_inputs)}")
     if report.unreached:
         lines.append(f"{len(report.unreached)} layers were not reached: {_shortened(report.unreached)}")
-    if lines and former != (report.float_inputs, report.unreached):
+    if report.inaccurate:
+        worst = max(report.inaccurate, key=report.errors.__getitem__)
+        lines.append(
+            f"the quantizer changes {len(report.inaccurate)} layers out of proportion to its bits, most of all {worst} "
+            f"(relative error {report.errors[worst]:.2f}): per_channel=True, more bits for them (layer_bits) or another "
+            "quantizer may help"
+        )
+    if lines and former != (report.float_inputs, report.unreached, report.inaccurate):
         warnings.warn("calibrate: " + "; ".join(lines) + " (q.quantization lists all)", stacklevel=5)

@@ -21,14 +21,6 @@ from lifequant.common.errors import UserError, closest
 from lifequant.quantizers.base import BIT_WIDTHS, FakeQuant, Quantizer
 
 
-def quantized(x: Tensor, quant: nn.Module) -> Tensor:
-    """``quant(x)``, in float32 where x is bfloat16: dividing in bfloat16 changes 3 % of 4-bit codes and 23 % of 8-bit ones.
-
-    Under autocast the layer behind casts the quantized values back.
-    """
-    return quant(x.float() if x.dtype == torch.bfloat16 and isinstance(quant, FakeQuant) else x)
-
-
 class _OwnFolding(nn.Module):
     """A layer that torch's ``fuse_conv_bn_eval`` and ``fuse_linear_bn_eval`` must not fold: they set its weight."""
 
@@ -73,7 +65,7 @@ class QuantLinear(_OwnFolding, nn.Linear):
         linear.weight_quant, linear.act_quant, linear.float_input = weight_quant, nn.Identity(), True
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(quantized(input, self.act_quant), self.weight_quant(self.weight), self.bias)
+        return F.linear(self.act_quant(input), self.weight_quant(self.weight), self.bias)
 
 
 class QuantReLU(nn.Module):
@@ -98,8 +90,8 @@ class QuantReLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if getattr(self.act_quant, "before_relu", False):
-            return self.rectify(quantized(input, self.act_quant), False)
-        return quantized(self.rectify(input, self.inplace), self.act_quant)
+            return self.rectify(self.act_quant(input), False)
+        return self.act_quant(self.rectify(input, self.inplace))
 
     def extra_repr(self) -> str:
         return "" if self.bound is None else f"bound={self.bound:g}"

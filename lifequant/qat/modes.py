@@ -31,17 +31,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserve_state(model: nn.Module, train: bool = True) -> Iterator[None]:
+def preserve_state(model: nn.Module, train: bool | None = None) -> Iterator[None]:
     """Inside, the model runs without dropout; on exit, its modes and buffers have their former values.
 
-    With ``train``, a model in eval mode is in train mode inside. A model in train mode is not changed, so a BatchNorm that
-    was frozen stays frozen. The quantizers' buffers are not restored, because a calibration sets them.
+    ``train``: its mode inside; None is the mode that it is in, so a BatchNorm that was frozen stays frozen. A buffer that the
+    model replaces by another one, of whatever size, is the former one again. The quantizers' buffers are not restored,
+    because a calibration sets them.
     """
-    quantizer_buffers = {id(buffer) for _, quant in fake_quants(model) for buffer in quant.buffers()}
-    former = {name: b.clone() for name, b in model.named_buffers() if id(b) not in quantizer_buffers}
+    quantizers = {id(quant) for _, quant in fake_quants(model)}
+    former = [
+        (module._buffers, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        if id(module) not in quantizers
+        for name, buffer in module._buffers.items()
+    ]
     with preserve_modes(model):
-        if train and not model.training:
-            model.train()
+        if train is not None and train != model.training:
+            model.train(train)
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
@@ -49,6 +55,7 @@ def preserve_state(model: nn.Module, train: bool = True) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in former:
-                        buffer.copy_(former[name])
+                for buffers, name, buffer, value in former:
+                    if buffer is not None and 0 not in buffer.stride() and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+                    buffers[name] = buffer

@@ -19,6 +19,7 @@ class AlignQ(FakeQuant):
     """
 
     reach = 1.0
+    keeps_range = False
 
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, 0, 2**bits - 1)

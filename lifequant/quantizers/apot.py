@@ -58,7 +58,7 @@ class APoT(FakeQuant):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        return (self.nearest(self.scaled(x)) - self.zero).to(torch.int16)
+        return (self.nearest(self.scaled(self.scaled_input(x))) - self.zero).to(torch.int16)
 
     def scaled(self, x: Tensor) -> Tensor:
         """t = z / a; that of weights has no gradient but a's."""
@@ -88,6 +88,8 @@ class APoTWeight(APoT):
     dw = dy / std, where clipped too. a begins at 3, not from data: z has the same scale in every layer.
     """
 
+    keeps_range = False
+
     def __init__(self, bits: int, channels: int | None = None) -> None:
         magnitudes = powers_of_two(bits - 1)
         levels = [-value for value in magnitudes[:0:-1]] + magnitudes
@@ -101,7 +103,7 @@ class APoTWeight(APoT):
         centered, std = standardize(x, self.channels)
         return x - centered + std * self.dequantize(u, x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         std = standardize(x.detach(), self.channels)[1]
         return self.broadcast_channels(positive(self.alpha), x) * self.project(self.scaled(x)) + (x - x.detach()) / std
 
@@ -124,7 +126,7 @@ class APoTActivation(APoT):
     def scaled(self, x: Tensor) -> Tensor:
         return x / positive(self.alpha)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         return positive(self.alpha) * self.project(self.scaled(x))
 
     @torch.no_grad()

@@ -16,6 +16,8 @@ class DoReFaWeight(FakeQuant):
     [-1, 1]; there is no zero, and nothing to calibrate.
     """
 
+    keeps_range = False
+
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, 0, 2**bits - 1)
         self.channels = channels
@@ -47,6 +49,8 @@ class DoReFaWeight(FakeQuant):
 
 class DoReFaActivation(FakeQuant):
     """a_q = Q_k(clamp(a, 0, 1)): codes 0 .. 2^b-1, whatever the data."""
+
+    keeps_range = False
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits, 0, 2**bits - 1)

@@ -73,7 +73,7 @@ class LLSQWeight(LLSQ):
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         u = self.to_codes(x)
         if self.rounding:
             u = u.clamp(self.qn, self.qp).round()

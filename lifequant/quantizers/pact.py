@@ -30,7 +30,7 @@ class PACTActivation(FakeQuant):
     def dequantize(self, u: Tensor, x: Tensor) -> Tensor:
         return u * self.scale()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         u = self.to_codes(x)
         if not self.rounding:
             return self.dequantize(u, x)

@@ -18,6 +18,7 @@ class UniformWeight(FakeQuant):
     """
 
     exceeds_bits = True
+    keeps_range = False
 
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -37,14 +38,14 @@ class UniformWeight(FakeQuant):
         centered, std = standardize(x, self.channels)
         return x - centered + std * (2 / self.levels) * u
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         u = self.to_codes(x)
         return self.dequantize(round_ste(u) if self.rounding else u, x)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """int32, for an outlier of a large tensor goes far; not within qn .. qp."""
-        return self.to_codes(x).round().to(torch.int32)
+        return self.to_codes(self.scaled_input(x)).round().to(torch.int32)
 
     def scale(self) -> Tensor:
         return self.fixed_scale

@@ -1,14 +1,13 @@
 """Task CSVs from a folder of images: which classes each task has, and which images.
 
 ``<data>/train/<class>/*`` and ``<data>/test/<class>/*`` become ``<prefix>_train.csv``, ``<prefix>_train0.csv``, ... and
-dataset.json. With --domains, one folder a domain has the same classes, and task t is domain t. Only names are read,
-never pixels. Classes are split as split.class_tasks says; the same seed gives train and test the same split.
+dataset.json. With --domains, one folder a domain has the same classes, and task t is domain t. Only names are read (and
+the beginning of files whose names tell nothing), never pixels. Classes are split as split.class_tasks says; the same seed gives train and test the same split.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from lifequant.common.errors import UserError, closest, one_line
 from lifequant.common.files import checked_name, find_folder, write_all
 from lifequant.common.text import say
 from lifequant.data import dataset_json
+from lifequant.data.create.class_folders import Seen, class_images, class_names, folders_in, refuse_shared
 from lifequant.data.split import class_tasks, long_tail, lowest, share_of_each
 from lifequant.data.task_csv import Rows, csv_name, csv_text, task_numbers
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 TEST_SHARE = 0.2  # of a domain that comes without a split of its own
 
 
@@ -32,11 +31,12 @@ def main_tasks(argv: Sequence[str]) -> int:
     prefix = checked_prefix(args.output_csv)
     root = find_folder(args.data_dir, "--data_dir", f"make the images: {prepare_command(prefix, args.data_dir)}")
     print(f"images: {one_line(root)}")
+    seen = Seen()
     if args.domains:
-        names, pools = domain_images(root, args.domains, args.source, args.seed)
+        names, pools = domain_images(root, args.domains, args.source, args.seed, seen)
         tasks = [list(range(len(names)))] * len(pools)
     else:
-        names, pool = folder_images(root, root, args.source)
+        names, pool = folder_images(root, root, args.source, seen)
         pools = [pool]
         tasks = checked_tasks(len(names), args.num_tasks, args.diminish_rate, args.seed)
         here = f" (here {len(set(tasks[0]) - set(tasks[1]))} of {len(tasks[0])})" if len(tasks) > 1 else ""
@@ -52,10 +52,12 @@ def main_tasks(argv: Sequence[str]) -> int:
     if args.source == "train":
         record |= {"lt_gamma": args.lt_gamma, "images_per_class": args.images_per_class}
     record["counts"] = {args.source: [len(rows) for rows in task_rows]}
+    if seen.linked:
+        record["linked"] = seen.outside()
     record = dataset_json.merged(folder, record, args.source)
     files = {folder / name: text for name, text in csv_files(prefix, args.source, task_rows).items()}
     write_all({**files, folder / dataset_json.FILE: dataset_json.text(record)})
-    notes = remove_stale(folder, prefix, args.source, len(tasks)) + outdated(folder, prefix, record)
+    notes = seen.notes(root) + remove_stale(folder, prefix, args.source, len(tasks)) + outdated(folder, prefix, record)
 
     for task, (labels, rows) in enumerate(zip(tasks, task_rows, strict=True)):
         domain = f" ({args.domains[task]})" if args.domains else ""
@@ -131,8 +133,11 @@ def _stride(num_classes: int, num_tasks: int, rate: float) -> int:
     return len(set(first) - set(second))
 
 
-def folder_images(root: Path, folder: Path, source: str) -> tuple[list[str], Rows]:
-    """Sorted class names, and the images of ``folder``/``source`` with paths relative to ``root``. Raises UserError."""
+def folder_images(root: Path, folder: Path, source: str, seen: Seen | None = None) -> tuple[list[str], Rows]:
+    """Sorted class names, and the images of ``folder``/``source`` with paths relative to ``root``. Raises UserError.
+
+    ``seen`` takes what else is there.
+    """
     if not (folder / source).is_dir():
         raise UserError(f"{folder}: no folder {source}/; expected are {source}/<class>/* with images")
     names = {side: class_names(folder / side) for side in ("train", "test") if (folder / side).is_dir()}
@@ -140,12 +145,15 @@ def folder_images(root: Path, folder: Path, source: str) -> tuple[list[str], Row
         for side in names:
             if name not in names[side]:
                 raise UserError(f"{folder / side}: no class '{name}', which the other of train/ and test/ has")
-    return names[source], class_images(root, folder / source, names[source])
+    rows = class_images(root, folder / source, names[source], seen)
+    for side in names.keys() - {source}:
+        refuse_shared(root, rows, folder / side, names[side])
+    return names[source], rows
 
 
-def domain_images(root: Path, domains: list[str], source: str, seed: int) -> tuple[list[str], list[Rows]]:
+def domain_images(root: Path, domains: list[str], source: str, seed: int, seen: Seen) -> tuple[list[str], list[Rows]]:
     """Sorted class names and each domain's images of ``source``; a domain without train/ is split 80:20, seeded."""
-    present = _folders(root)
+    present = folders_in(root)
     for domain in domains:
         if domain not in present or domains.count(domain) > 1:
             found = f"folders: {', '.join(present) or 'none'}{closest(domain, present)}"
@@ -156,12 +164,12 @@ def domain_images(root: Path, domains: list[str], source: str, seed: int) -> tup
     for domain in domains:
         folder = root / checked_name(domain, root)
         if (folder / "train").is_dir():
-            found[domain] = folder_images(root, folder, source)
+            found[domain] = folder_images(root, folder, source, seen)
         else:
-            if _folders(folder) == ["images"]:  # so Office-31 is distributed
+            if folders_in(folder) == ["images"]:  # so Office-31 is distributed
                 folder /= "images"
             names = class_names(folder)
-            found[domain] = names, _own_split(class_images(root, folder, names), names, source, seed, folder)
+            found[domain] = names, _own_split(class_images(root, folder, names, seen), names, source, seed, folder)
     names = sorted(set().union(*(have for have, _ in found.values())))
     for domain, (have, _) in found.items():
         lacking = sorted(set(names) - set(have))
@@ -180,31 +188,6 @@ def _own_split(rows: Rows, names: list[str], source: str, seed: int, folder: Pat
             raise UserError(f"{folder / names[label]}: one image; a class needs two, for training and for testing")
     test = set(lowest(paths, labels, share_of_each(counts, TEST_SHARE), seed, "domain_test"))
     return [row for index, row in enumerate(rows) if (index in test) == (source == "test")]
-
-
-def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def class_names(folder: Path) -> list[str]:
-    """The sorted names of the class folders in ``folder``, hidden ones apart. Raises UserError where there are none."""
-    names = [checked_name(name, folder) for name in _folders(folder)]
-    if not names:
-        raise UserError(f"{folder}: no class folders; expected is one folder a class, with its images")
-    return names
-
-
-def class_images(root: Path, folder: Path, names: list[str]) -> Rows:
-    """(path relative to ``root``, label) of every image, by class, then name. Raises UserError for an empty class."""
-    rows: Rows = []
-    for label, name in enumerate(names):
-        entries = [e for e in os.scandir(folder / name) if not e.name.startswith(".") and not e.is_dir()]
-        images = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
-        if not images:
-            raise UserError(f"{folder / name}: no images in this class folder ({', '.join(EXTENSIONS)})")
-        start = (folder / name).relative_to(root).as_posix()
-        rows += [(f"{start}/{checked_name(image, folder / name)}", label) for image in images]
-    return rows
 
 
 def _thinned(pools: list[Rows], args: argparse.Namespace) -> list[Rows]:
