@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,3 +57,9 @@ def calibrate_quantizer(quant: FakeQuant, x: Tensor) -> None:
     """Set one quantizer's scale from ``x`` and mark the quantizer as calibrated."""
     quant.calibrate(x.float() if x.dtype in HALF else x)
     quant.calibrated = True
+
+
+def is_empty(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has tensors and no value in any of them, so that no scale can be set from it."""
+    sizes = [t.numel() for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
+    return bool(sizes) and not any(sizes)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError
-from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations
+from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations, is_empty
 from lifequant.qat.convert_report import Quantization, add_findings
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, fake_quants, weight_layers
 from lifequant.qat.modes import preserve_state
@@ -52,6 +52,7 @@ def calibrate(
     device = next((p.device for p in q.parameters()), None)
     batches = itertools.islice([batches] if torch.is_tensor(batches) else batches, num_batches)
     calls = (((batch,), {}) for batch in batches) if forward else (_call(batch, device) for batch in batches)
+    calls = (call for call in calls if not is_empty(*call))
     _remove_hook(q)
     try:
         _calibrate_on_calls(q, calls, train, forward)
@@ -257,16 +258,14 @@ def after_loading(q: nn.Module, _: Any = None) -> None:
 
 def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     """The forward pre-hook of a model whose scales are not set. It removes itself."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # where no flag on a device can be read
+        raise UserError(
+            "the scales of this model are not set: calibrate(q, batches), or run it once, before it is exported or traced"
+        )
     _remove_hook(q)
     if _is_calibrated(q):
         return
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        calibrate_at_first_forward(q)
-        raise UserError(
-            "the scales of this quantized model are not set: calibrate(q, batches) before it is exported or traced"
-        )
-    sizes = [t.numel() for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-    if sizes and not any(sizes):
+    if is_empty(args, kwargs):
         calibrate_at_first_forward(q)  # nothing to set scales from
         return
     warnings.warn(

@@ -31,7 +31,7 @@ def copied(model: nn.Module, who: str, memo: Mapping[int, Any] | None = None) ->
                 memo[id(t)] = t.detach().clone()
                 alive.append(t)
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, dict(memo))
     except Exception as error:
         raise UserError(f"{who}: the model can't be copied{_culprit(model, memo)}: {_first_line(error)}") from error
 

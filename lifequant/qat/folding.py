@@ -20,19 +20,19 @@ class FoldedWeight(FakeQuant):
     ``scale`` [C] has the factor's sign, so a BatchNorm whose weight is negative is folded exactly, whatever the codes' range.
     """
 
-    def __init__(self, quant: nn.Module, factor: Tensor) -> None:
-        known = isinstance(quant, FakeQuant)
-        super().__init__(*((quant.bits, quant.qn, quant.qp) if known else (32, 0, 0)))
+    def __init__(self, quant: FakeQuant, factor: Tensor) -> None:
+        super().__init__(quant.bits, quant.qn, quant.qp)
         self.quant = quant
         self.channels = getattr(quant, "channels", None)
-        self.exceeds_bits = known and quant.exceeds_bits
-        self.calibrated = known and quant.calibrated
+        self.exceeds_bits = quant.exceeds_bits
         self.register_buffer("factor", factor)
+        self.is_set = None if quant.is_set is None else quant.is_set.clone()
+        self.calibrated = True
 
     def _times(self, values: Tensor) -> Tensor:
         return values * self.broadcast_channels(self.factor, values)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         return self._times(self.quant(x))
 
     def codes(self, x: Tensor) -> Tensor:
@@ -51,8 +51,7 @@ class FoldedWeight(FakeQuant):
         return self.quant.scale() * self.factor
 
     def calibrate(self, x: Tensor) -> None:
-        self.quant.calibrate(x)
-        self.quant.calibrated = True
+        raise UserError("a model with folded BatchNorm keeps its scales: calibrate it before fold_batchnorm")
 
 
 def fold_batchnorm(q: nn.Module, pairs: Iterable[tuple[str, str]] | None = None) -> nn.Module:
@@ -138,7 +137,11 @@ def _fold(q: nn.Module, conv: str, norm: str) -> None:
         bias = bias + layer.bias * factor
     if bn.bias is not None:
         bias = bias + bn.bias
-    layer.weight_quant = FoldedWeight(layer.weight_quant, factor.to(layer.weight.dtype))
+    if isinstance(layer.weight_quant, FakeQuant):
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        layer.weight_quant = FoldedWeight(layer.weight_quant, factor.to(wide))
+    else:
+        layer.weight.mul_(factor.view(-1, 1, 1, 1))
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
     owner, _, attribute = norm.rpartition(".")
     setattr(q.get_submodule(owner), attribute, nn.Identity())
