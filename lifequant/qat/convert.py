@@ -21,9 +21,11 @@ from torch import nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
+from lifequant.qat.convert_attention import convert_attention
 from lifequant.qat.convert_calibration import calibrate, calibrate_at_first_forward
-from lifequant.qat.convert_functions import FunctionCalls, find_function_calls
+from lifequant.qat.convert_functions import FunctionCalls, find_function_calls, trace
 from lifequant.qat.convert_report import describe, warn_of_functions, why_float
+from lifequant.qat.layer_inputs import add_input_quantizers
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, check_bits, set_layer_bits
 from lifequant.quantizers.base import FakeQuant, Quantizer
 
@@ -39,6 +41,7 @@ def quantize_model(
     act_quantizer: str | Quantizer | None = None,
     per_channel: bool = False,
     layer_bits: Mapping[str, int | tuple[int, int]] | None = None,
+    inputs: str = "all",
     verbose: bool = False,
     **former: Any,
 ) -> nn.Module:
@@ -69,8 +72,11 @@ def quantize_model(
         (first_last_bits or 32, "first_last_bits"),
     ):
         check_bits(bits, f"quantize_model, {name}")
+    if inputs not in ("all", "relu"):
+        raise UserError(f"quantize_model, inputs: {inputs!r} is not offered (known: 'all', 'relu')")
     _check_is_float(model)
-    calls = find_function_calls(model) if act_bits < 32 else FunctionCalls()
+    traced = trace(model) if act_bits < 32 else None
+    calls = find_function_calls(model, traced) if act_bits < 32 and inputs == "relu" else FunctionCalls()
     q = copy.deepcopy(model)
     scheme = Scheme(
         weights=_family(quantizer),
@@ -80,9 +86,11 @@ def quantize_model(
         first_last_bits=first_last_bits or weight_bits,
         per_channel=per_channel,
     )
-    stays_float = _convert_layers(q, scheme)
-    set_layer_bits(q, scheme, layer_bits or {})
-    q.quantization = describe(q, stays_float, calls)
+    layer_bits = layer_bits or {}
+    stays_float = _convert_layers(q, scheme, inputs == "all", layer_bits)
+    set_layer_bits(q, scheme, layer_bits)
+    images = add_input_quantizers(q, traced, scheme, layer_bits) if inputs == "all" else []
+    q.quantization = describe(q, stays_float, calls, images)
     q.register_load_state_dict_post_hook(calibrate_at_first_forward)
     calibrate_at_first_forward(q)
     warn_of_functions(q, calls)
@@ -106,7 +114,9 @@ def _check_is_float(model: nn.Module) -> None:
             raise UserError(f"quantize_model: the model is already quantized ({name!r}): pass the float model")
 
 
-def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
+def _convert_layers(
+    q: nn.Module, scheme: Scheme, attention: bool, layer_bits: Mapping[str, int | tuple[int, int]]
+) -> dict[str, str]:
     """Convert the layers in place, and return {module that stays float: reason}."""
     modules = dict(q.named_modules())
     weighted = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -116,9 +126,10 @@ def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     stays_float = {name: why for name, module in modules.items() if (why := why_float(name, module, owners))}
-    converted = 0
+    done = convert_attention(q, scheme, stays_float, layer_bits) if attention else []
+    converted = len(done)
     for name, module in modules.items():
-        if name in stays_float:
+        if name in stays_float or name in done:
             continue
         if isinstance(module, nn.Conv2d | nn.Linear):
             layer_type = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear

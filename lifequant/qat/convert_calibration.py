@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from lifequant.common.errors import UserError
 from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations
 from lifequant.qat.convert_report import Quantization, add_findings
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, fake_quants
+from lifequant.qat.input_observer import LayerInputs, sample_with_extremes
+from lifequant.qat.layer_inputs import TAKING
+from lifequant.qat.layers import QuantReLU, fake_quants
 from lifequant.qat.modes import preserve_state
-from lifequant.quantizers.base import FakeQuant, sample
+from lifequant.quantizers.base import FakeQuant
 
 NUM_BATCHES = 8  # batches that calibrate() reads
-NUM_VALUES = 2**14  # values of one tensor in one batch that are kept to set a scale
 
 
 def calibrate(q: nn.Module, batches: Tensor | Iterable[Any], num_batches: int = NUM_BATCHES) -> None:
@@ -63,7 +64,7 @@ def _calibrate_on_calls(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> in
     try:
         with torch.random.fork_rng(devices=devices), hook_activations(q, observer.set_scale):
             for args, kwargs in calls:
-                observer.begin_pass()
+                observer.begin_pass(args, kwargs)
                 one_image = bool(args) and torch.is_tensor(args[0]) and args[0].shape[:1] == (1,)
                 with preserve_state(q, train=not one_image):  # BatchNorm needs two values of a channel in train mode
                     q(*args, **kwargs)
@@ -73,8 +74,9 @@ def _calibrate_on_calls(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> in
         for handle in handles:
             handle.remove()
     if count:
-        layers = [name for name, m in q.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)]
-        add_findings(q, layers, observer.float_inputs, observer.uses, observer.reached)
+        observer.layer_inputs.finish(q)
+        layers = [name for name, m in q.named_modules() if isinstance(m, QuantReLU | TAKING)]
+        add_findings(q, layers, observer.layer_inputs.floats, observer.uses, observer.reached)
     return count
 
 
@@ -84,20 +86,19 @@ class _Observer:
     def __init__(self) -> None:
         self.inputs: dict[str, list[Tensor]] = {}  # samples of each quantizer's inputs
         self.reached: set[str] = set()
-        self.float_inputs: set[str] = set()
+        self.layer_inputs = LayerInputs()
         self.uses: Counter[str] = Counter()  # the most uses of a ReLU in one pass
         self.uses_in_pass: Counter[str] = Counter()
-        self.quantized_values = torch.empty(0)  # all values that activation quantizers gave in this pass
 
     def register(self, q: nn.Module) -> list[Any]:
         """Add the hooks to all layers, and return their handles."""
         handles = []
+        self.layer_inputs.begin(q)
         for name, module in q.named_modules():
-            if isinstance(module, QuantConv2d | QuantLinear):
+            if isinstance(module, TAKING):
                 handles.append(
                     module.register_forward_pre_hook(
-                        lambda m, args, kwargs, name=name: self.see_input(name, *args, *kwargs.values()),
-                        with_kwargs=True,
+                        lambda m, args, kwargs, name=name: self.see_input(name, m, args, kwargs), with_kwargs=True
                     )
                 )
             elif isinstance(module, QuantReLU):
@@ -106,40 +107,31 @@ class _Observer:
                 )
         return handles
 
-    def begin_pass(self) -> None:
-        self.uses_in_pass, self.quantized_values = Counter(), self.quantized_values[:0]
+    def begin_pass(self, args: tuple, kwargs: dict) -> None:
+        self.uses_in_pass = Counter()
+        self.layer_inputs.begin_pass(args, kwargs)
 
     def end_pass(self) -> None:
         self.uses |= self.uses_in_pass
+        self.layer_inputs.end_pass()
 
     def set_scale(self, name: str, quant: FakeQuant, x: Tensor) -> None:
         """Before an activation quantizer runs: set its scale from all of its inputs so far."""
         if x.numel():
-            self.inputs.setdefault(name, []).append(_sample_with_extremes(x))
+            self.inputs.setdefault(name, []).append(sample_with_extremes(x))
             calibrate_quantizer(quant, torch.cat(self.inputs[name]))
 
-    def see_input(self, name: str, x: Tensor) -> None:
-        """Before a layer with weights runs: find out whether its input is quantized."""
+    def see_input(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a layer runs: find out whether its input is quantized."""
         self.reached.add(name)
-        values = sample(x[x != 0], NUM_VALUES).float()  # a zero may come from padding or from a ReLU
-        if len(values):
-            quantized = torch.isin(values, self.quantized_values.to(values.device)).float().mean()
-            if bool(quantized < 0.95):  # not 1, because the samples can miss rare values
-                self.float_inputs.add(name)
+        self.layer_inputs.see(name, layer, args, kwargs)
 
     def see_output(self, name: str, relu: QuantReLU, x: Tensor) -> None:
         """After a ReLU ran: count the use and keep the values that it gave."""
         self.reached.add(name)
         self.uses_in_pass[name] += 1
         if isinstance(relu.act_quant, FakeQuant):
-            values = sample(x, NUM_VALUES).float()
-            self.quantized_values = torch.cat([self.quantized_values.to(x.device), values]).unique()
-
-
-def _sample_with_extremes(x: Tensor) -> Tensor:
-    """A sample of ``x`` with its minimum and maximum, flat, float32; all values if there are few."""
-    values = sample(x, NUM_VALUES).float()
-    return values if len(values) == x.numel() else torch.cat([values, x.aminmax().min[None].float(), x.amax()[None]])
+            self.layer_inputs.keep(name, x)
 
 
 def _is_calibrated(q: nn.Module) -> bool:

@@ -20,26 +20,31 @@ from lifequant.quantizers.base import BIT_WIDTHS, FakeQuant, Quantizer
 
 
 class QuantConv2d(nn.Conv2d):
-    """nn.Conv2d whose weight passes a fake-quantizer. The constructor makes no bias; a converted layer keeps its bias in float."""
+    """nn.Conv2d whose weight passes a fake-quantizer, and so does its input where it has an ``act_quant``.
+
+    The constructor makes no bias; a converted layer keeps its bias in float.
+    """
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int, weight_quant: nn.Module) -> None:
         super().__init__(cin, cout, kernel, stride=stride, padding=padding, bias=False)
-        self.weight_quant = weight_quant
+        self.weight_quant, self.act_quant = weight_quant, None
 
     @classmethod
     def convert_(cls, conv: nn.Conv2d, weight_quant: nn.Module) -> None:
         """Make a QuantConv2d of ``conv``, in place: parameters, hooks, device, and whoever refers to it stay."""
         conv.__class__ = cls
-        conv.weight_quant = weight_quant
+        conv.weight_quant, conv.act_quant = weight_quant, None
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name, since some call their layers by it
+        if self.act_quant is not None:
+            input = self.act_quant(input)
         return self._conv_forward(input, self.weight_quant(self.weight), self.bias)
 
 
 class QuantLinear(nn.Linear):
     """nn.Linear whose weight and input pass fake-quantizers; the bias stays in float."""
 
-    float_input = False  # turned from torch's: its input may be signed, which no activation quantizer takes
+    float_input = False  # turned from torch's: qat/layer_inputs.py decides on its input
 
     def __init__(self, cin: int, cout: int, weight_quant: nn.Module, act_quant: nn.Module) -> None:
         super().__init__(cin, cout)
@@ -147,7 +152,7 @@ def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tu
             raise UserError(f"layer_bits, {pattern!r}: {value} is neither bits nor (weight bits, activation bits)")
         for width in widths:
             check_bits(width, f"layer_bits, {pattern!r}")
-        fitting = [m for n, m in layers.items() if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+        fitting = [m for n, m in layers.items() if _fits(n, pattern)]
         if not fitting:
             blocks = {name.rsplit(".", cut)[0] for name in layers for cut in range(name.count(".") + 1)}
             near = closest(pattern.removesuffix(".*"), blocks) or f" (there are {', '.join(sorted(blocks)[:5])}, ...)"
@@ -157,6 +162,20 @@ def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tu
     device = next((p.device for p in model.parameters()), None)
     for _, quant in fake_quants(model):
         quant.to(device)
+
+
+def bits_by_name(
+    name: str, bits: Mapping[str, int | tuple[int, int]], default: tuple[int, int]
+) -> tuple[int, int]:
+    """(weight bits, activation bits) of the layer ``name``; ``bits`` is as ``set_layer_bits`` takes it."""
+    for pattern, value in bits.items():
+        if _fits(name, pattern):
+            default = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    return default
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _set_bits(layer: nn.Module, scheme: Scheme, weight_bits: int, act_bits: int) -> None:

@@ -1,0 +1,138 @@
+"""Put quantizers before the layers whose input no ReLU's quantizer gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lifequant.qat.attention import QuantMultiheadAttention
+from lifequant.qat.convert_functions import Trace, is_shifted_windows
+from lifequant.qat.convert_inputs import Input, Inputs
+from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, bits_by_name
+from lifequant.quantizers.base import FakeQuant
+from lifequant.quantizers.inputs import input_quantizer
+
+
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d whose input passes a fake-quantizer; its weight stays in float."""
+
+    @classmethod
+    def convert_(cls, conv: nn.ConvTranspose2d) -> None:
+        conv.__class__ = cls
+        conv.act_quant = nn.Identity()
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(self.act_quant(input), output_size)
+
+
+class OpenInput(nn.Module):
+    """The quantizer of an input that the trace of the model does not show. Calibration decides whether it is needed.
+
+    ``skips`` is a buffer, so that every copy of the model's state has the decision. No branch reads it.
+    """
+
+    def __init__(self, quant: nn.Module) -> None:
+        super().__init__()
+        self.quant = quant
+        self.register_buffer("skips", torch.tensor(True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.skips, x, self.quant(x))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: object) -> None:
+        if prefix + "skips" in state_dict:  # a float model's state has none
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+TAKING = QuantConv2d | QuantLinear | QuantConvTranspose2d | QuantMultiheadAttention
+
+
+def places(module: nn.Module) -> list[tuple[str, int, str]]:
+    """(quantizer, argument, its keyword) of each tensor that a layer takes."""
+    if isinstance(module, QuantMultiheadAttention):
+        return [("act_quant", 0, "query"), ("key_quant", 1, "key"), ("value_quant", 2, "value")]
+    return [("act_quant", 0, "input")]
+
+
+def input_quantizers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(layer, which quantizer, quantizer) of all layers that have one for an input."""
+    for name, module in model.named_modules():
+        if isinstance(module, TAKING):
+            for place, *_ in places(module):
+                if isinstance(quant := getattr(module, place, None), FakeQuant | OpenInput):
+                    yield name, place, quant
+
+
+def add_input_quantizers(
+    q: nn.Module, trace: Trace | None, scheme: Scheme, layer_bits: Mapping[str, int | tuple[int, int]]
+) -> list[str]:
+    """Give the layers of ``q`` quantizers for their inputs, in place, and return the layers that take the model's own input.
+
+    Layers that the trace shows to take one tensor share one quantizer, if they have the same bits.
+    """
+    modules = dict(q.named_modules())
+    inputs = trace and Inputs(trace, {name for name, module in modules.items() if isinstance(module, QuantReLU)})
+    shared: dict[object, nn.Module] = {}
+    images = []
+    for name, module in modules.items():
+        if type(module) is nn.ConvTranspose2d:
+            QuantConvTranspose2d.convert_(module)
+        if not isinstance(module, TAKING):
+            continue
+        bits = bits_by_name(name, layer_bits, (scheme.weight_bits, scheme.act_bits))[1]
+        for place, argument, keyword in places(module):
+            found = _found(modules, inputs, name, argument, keyword)
+            if found is not None and found.quantized:
+                images += [name] if found.image and name not in images else []
+                continue
+            if bits == 32:
+                continue
+            key: object = (name, "query" if keyword == "query" else "input")  # of a memory, keys and values are one tensor
+            if found is not None:
+                key = (found.nodes or (name, keyword), found.signed, bits)
+            if key not in shared:
+                quant = input_quantizer(scheme.activations, bits, found is None or found.signed)
+                shared[key] = OpenInput(quant) if found is None else quant
+            setattr(module, place, shared[key])
+    device = next((p.device for p in q.parameters()), None)
+    for quant in shared.values():
+        quant.to(device)
+    return images
+
+
+def _found(
+    modules: dict[str, nn.Module], inputs: Inputs | None, name: str, argument: int, keyword: str
+) -> Input | None:
+    """What a layer takes, if it is known."""
+    parent, _, last = name.rpartition(".")
+    around = modules[parent] if parent else None
+    if isinstance(around, QuantMultiheadAttention) and last == "out_proj":
+        return Input(quantized=False, image=False)
+    if is_shifted_windows(around) and last == "proj":
+        return Input(quantized=False, image=False)
+    if inputs is None:
+        return None
+    if is_shifted_windows(around) and last == "qkv":
+        return inputs.of(parent, 0, "x")
+    return inputs.of(name, argument, keyword)
+
+
+def describe_inputs(q: nn.Module) -> dict[str, str]:
+    """{layer: "4-bit signed input (LSQInput)"}"""
+    found = list(input_quantizers(q))
+    takers: dict[int, set[str]] = {}
+    for name, _, quant in found:
+        takers.setdefault(id(quant), set()).add(name)
+    rows: dict[str, str] = {}
+    for name, _, quant in found:
+        inner = quant.quant if isinstance(quant, OpenInput) else quant
+        text = f"{inner.bits}-bit {'signed ' if inner.qn < 0 else ''}input ({type(inner).__name__})"
+        if isinstance(quant, OpenInput) and not inner.calibrated:
+            text += " if calibration finds that it needs one"
+        elif isinstance(quant, OpenInput) and bool(quant.skips):
+            continue
+        text += ", shared" if len(takers[id(quant)]) > 1 else ""
+        rows.setdefault(name, text)
+    return rows
