@@ -36,4 +36,3 @@ def convert_attention(
                 stays_float.pop(converted, None)
             done += [name, out]
     return done
-

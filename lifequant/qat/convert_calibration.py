@@ -76,7 +76,7 @@ def _calibrate_on_calls(q: nn.Module, calls: Iterable[tuple[tuple, dict]]) -> in
     if count:
         observer.layer_inputs.finish(q)
         layers = [name for name, m in q.named_modules() if isinstance(m, QuantReLU | TAKING)]
-        add_findings(q, layers, observer.layer_inputs.floats, observer.uses, observer.reached)
+        add_findings(q, layers, observer.layer_inputs, observer.uses, observer.reached)
     return count
 
 

@@ -89,7 +89,9 @@ class Inputs:
 
     @functools.cache  # noqa: B019
     def never_negative(self, node: fx.Node) -> bool:
-        if is_relu(node) or _is_one_of(node, NEVER_NEGATIVE, NEVER_NEGATIVE_METHODS, NEVER_NEGATIVE_MODULES, self.trace):
+        if is_relu(node) or _is_one_of(
+            node, NEVER_NEGATIVE, NEVER_NEGATIVE_METHODS, NEVER_NEGATIVE_MODULES, self.trace
+        ):
             return True
         if keeps_values(node, self.trace.modules):
             given = list(_tensors(node))

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from lifequant.common.text import wrapped
 from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import FunctionCalls
+from lifequant.qat.input_observer import LayerInputs
 from lifequant.qat.layer_inputs import TAKING, describe_inputs
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU
 from lifequant.quantizers.base import FakeQuant
@@ -40,7 +41,9 @@ class Quantization:
         rows += [(f"left: {why}", names) for why, names in _grouped(self.left)]
         rows += _grouped(uses)
         rows += [("float input, behind a ReLU called as a function", self.behind_functions)]
-        rows += [("float input", self.float_inputs), ("not reached, not calibrated", self.unreached)]
+        rows += [("float input, the model's own", self.images)]
+        rows += [("float input", [n for n in self.float_inputs if n not in self.images])]
+        rows += [("not reached, not calibrated", self.unreached)]
         return "\n".join(_row(len(names), text, names) for text, names in rows if names)
 
 
@@ -82,9 +85,7 @@ def why_float(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> 
     return f"{kind}, an activation" if type(module).__module__ == "torch.nn.modules.activation" else ""
 
 
-def describe(
-    q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls, images: list[str]
-) -> Quantization:
+def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls, images: list[str]) -> Quantization:
     """The report of a quantized model; ``stays_float`` is {module: reason}."""
     found = Quantization({}, dict(stays_float), inputs=describe_inputs(q), images=images)
     for name, count in calls.callers.items():
@@ -133,13 +134,14 @@ def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
 
 
 def add_findings(
-    q: nn.Module, layers: list[str], float_inputs: set[str], uses: Mapping[str, int], reached: set[str]
+    q: nn.Module, layers: list[str], inputs: LayerInputs, uses: Mapping[str, int], reached: set[str]
 ) -> None:
     """Add what a calibration found to the report of ``q``, and warn of it if it is new."""
     report: Quantization = q.quantization
     former = report.float_inputs, report.unreached
     report.inputs = describe_inputs(q)
-    report.float_inputs = [name for name in layers if name in float_inputs]
+    report.images = [name for name in layers if name in inputs.images.union(report.images)]
+    report.float_inputs = [name for name in layers if name in inputs.floats]
     report.unreached = [name for name in layers if name not in reached]
     report.shared = {name: uses[name] for name in layers if uses[name] > 1}
     lines = []

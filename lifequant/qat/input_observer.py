@@ -20,6 +20,7 @@ class LayerInputs:
 
     def __init__(self) -> None:
         self.floats: set[str] = set()  # layers with an input that no quantizer gave
+        self.images: set[str] = set()  # of these, layers that take what the model is given
         self.opened: set[OpenInput] = set()
         self.first: str | None = None  # the first layer that ran; what it takes stays float
         self.outputs: dict[str, Tensor] = {}  # values that each ReLU's quantizer gave in this pass, sorted
@@ -61,9 +62,10 @@ class LayerInputs:
             seen.append(x)
             quant = getattr(layer, place)
             if isinstance(quant, OpenInput):
-                image = name == self.first or x.data_ptr() in self.model_inputs
+                image = quant.may_be_image and (name == self.first or x.data_ptr() in self.model_inputs)
                 if quant not in self.opened and (image or self.of_one_quantizer(x)):
                     self.floats |= {name} if image else set()
+                    self.images |= {name} if image else set()
                 else:
                     self.opened.add(quant)
                     quant.skips.fill_(False)

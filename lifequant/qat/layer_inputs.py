@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifequant.qat.attention import QuantMultiheadAttention
@@ -33,9 +34,9 @@ class OpenInput(nn.Module):
     ``skips`` is a buffer, so that every copy of the model's state has the decision. No branch reads it.
     """
 
-    def __init__(self, quant: nn.Module) -> None:
+    def __init__(self, quant: nn.Module, may_be_image: bool = True) -> None:
         super().__init__()
-        self.quant = quant
+        self.quant, self.may_be_image = quant, may_be_image
         self.register_buffer("skips", torch.tensor(True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,12 +90,15 @@ def add_input_quantizers(
                 continue
             if bits == 32:
                 continue
-            key: object = (name, "query" if keyword == "query" else "input")  # of a memory, keys and values are one tensor
+            key: object = (
+                name,
+                "query" if keyword == "query" else "input",
+            )  # of a memory, keys and values are one tensor
             if found is not None:
-                key = (found.nodes or (name, keyword), found.signed, bits)
+                key = (found.nodes or (name, keyword), found.signed, bits)  # the layers of one tensor
             if key not in shared:
                 quant = input_quantizer(scheme.activations, bits, found is None or found.signed)
-                shared[key] = OpenInput(quant) if found is None else quant
+                shared[key] = OpenInput(quant, _may_be_image(inputs, name)) if found is None else quant
             setattr(module, place, shared[key])
     device = next((p.device for p in q.parameters()), None)
     for quant in shared.values():
@@ -112,11 +116,24 @@ def _found(
         return Input(quantized=False, image=False)
     if is_shifted_windows(around) and last == "proj":
         return Input(quantized=False, image=False)
+    if isinstance(around, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        if last == "linear1":
+            return Input(quantized=False, image=False)
+        if last == "linear2" and not isinstance(around.activation, nn.Module):
+            return Input(quantized=False, image=False, signed=around.activation not in (F.relu, torch.relu))
     if inputs is None:
         return None
     if is_shifted_windows(around) and last == "qkv":
         return inputs.of(parent, 0, "x")
     return inputs.of(name, argument, keyword)
+
+
+def _may_be_image(inputs: Inputs | None, name: str) -> bool:
+    """Whether a layer that the trace does not show may take what the model is given, as far as the trace shows."""
+    parts = name.split(".")
+    around = [".".join(parts[:end]) for end in range(1, len(parts))]
+    seen = [found for outer in around if inputs is not None and (found := inputs.of(outer, 0, "src"))]
+    return not seen or seen[0].image
 
 
 def describe_inputs(q: nn.Module) -> dict[str, str]:

@@ -164,9 +164,7 @@ def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tu
         quant.to(device)
 
 
-def bits_by_name(
-    name: str, bits: Mapping[str, int | tuple[int, int]], default: tuple[int, int]
-) -> tuple[int, int]:
+def bits_by_name(name: str, bits: Mapping[str, int | tuple[int, int]], default: tuple[int, int]) -> tuple[int, int]:
     """(weight bits, activation bits) of the layer ``name``; ``bits`` is as ``set_layer_bits`` takes it."""
     for pattern, value in bits.items():
         if _fits(name, pattern):
