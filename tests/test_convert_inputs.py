@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from lifequant import calibrate, quantize_model, registry
 from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.layers import fake_quants
-from lifequant.qat.shifted_windows import QuantShiftedWindowAttention, ShiftedWindowAttention
+from lifequant.qat.shifted_windows import ShiftedWindowAttention, ShiftedWindowAttentionV2, convert_
 from lifequant.quantizers.inputs import LLSQInput, LSQInput, input_quantizer
 from lifequant.quantizers.lsq import LSQActivation
 from lifequant.quantizers.lsqplus import LSQPlusActivation
@@ -310,13 +310,14 @@ def test_transformers_in_eval_mode(activation):
         assert q[1](q[0](x), src_key_padding_mask=padding)[~padding].isfinite().all()
 
 
-def test_shifted_windows_without_quantizers_are_torchvisions():
+@pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
+def test_shifted_windows_without_quantizers_are_torchvisions(kind):
     torch.manual_seed(0)
     for size, shift in itertools.product(((4, 4), (7, 9), (3, 5), (8, 3)), ([0, 0], [2, 2], [1, 2], [0, 2])):
-        model = ShiftedWindowAttention(8, [4, 4], shift, 2)
+        model = kind(8, [4, 4], shift, 2)
         nn.init.normal_(model.qkv.bias)
         q = copy.deepcopy(model)
-        QuantShiftedWindowAttention.convert_(q)
+        convert_(q)
         x = torch.randn(2, *size, 8)
         torch.testing.assert_close(q(x), model(x), rtol=1e-4, atol=1e-5)
 

@@ -47,9 +47,16 @@ def quantize_model(
 ) -> nn.Module:
     """Return a quantized copy of any eager model; the given model does not change.
 
-    Every nn.Conv2d and nn.Linear gets a weight quantizer, and every nn.ReLU and nn.ReLU6 gets a quantizer for its output.
-    Everything else stays float: subclasses of these layers, other activations, weights that several modules share,
-    parametrized weights, and ReLU that the model calls as a function (this is warned of). ``q.quantization`` (a ``Quantization``) lists all of it, and ``verbose`` prints the list.
+    Every nn.Conv2d and nn.Linear gets a weight quantizer, as do the projections of nn.MultiheadAttention, and every nn.ReLU
+    and nn.ReLU6 gets a quantizer for its output. Everything else stays float: subclasses of these layers, other
+    activations, weights that several modules share, parametrized weights. ``q.quantization`` (a ``Quantization``) lists
+    all of it, and ``verbose`` prints the list.
+
+    With ``inputs="all"``, an nn.Conv2d, nn.ConvTranspose2d, nn.Linear or nn.MultiheadAttention gets a quantizer of
+    ``act_bits`` for its input, unless one ReLU's quantizer gave it or it is the model's own input. The quantizer has signed
+    codes (lsq's; llsq and lsqplus have their own) if the input may be negative. Layers that take one tensor share it. Where
+    the model can't be traced, ``calibrate`` decides which layers need one. With ``inputs="relu"`` there are no such
+    quantizers, attention stays float, and a ReLU that the model calls as a function is warned of.
 
     ``quantizer`` and ``act_quantizer`` (by default the same) are names, or results of ``registry.quantizer(name,
     **options)``. Bit-widths are 2, 3, 4, 5, 6, 8 or 32, which means float. ``first_last_bits`` is the bit-width of the

@@ -24,9 +24,9 @@ def convert_attention(
         if isinstance(module, nn.TransformerEncoder):
             module.enable_nested_tensor = module.use_nested_tensor = False
         if is_shifted_windows(module) and {type(module.qkv), type(module.proj)} == {nn.Linear}:
-            from lifequant.qat.shifted_windows import QuantShiftedWindowAttention
+            from lifequant.qat import shifted_windows  # torchvision is there, if a model has such a module
 
-            QuantShiftedWindowAttention.convert_(module)
+            shifted_windows.convert_(module)
         if type(module) is nn.MultiheadAttention and not (is_parametrized(module) or is_parametrized(module.out_proj)):
             out = f"{name}.out_proj".lstrip(".")
             bits = bits_by_name(name, layer_bits, (scheme.weight_bits, 32))[0]

@@ -95,9 +95,8 @@ def find_function_calls(model: nn.Module, traced: Trace | None) -> FunctionCalls
 
 def is_shifted_windows(module: nn.Module) -> bool:
     """Whether it is the attention of torchvision's Swin Transformer, found by name so that torchvision is not imported."""
-    names = {(kind.__module__, kind.__name__) for kind in type(module).__mro__[:2]}  # a quantized one is a subclass
-    is_second = type(module).__name__ == "ShiftedWindowAttentionV2"
-    return ("torchvision.models.swin_transformer", "ShiftedWindowAttention") in names and not is_second
+    kinds = {(kind.__module__, kind.__name__) for kind in type(module).__mro__}
+    return ("torchvision.models.swin_transformer", "ShiftedWindowAttention") in kinds
 
 
 class _Tracer(fx.Tracer):

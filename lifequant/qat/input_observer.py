@@ -53,7 +53,7 @@ class LayerInputs:
 
     def see(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a layer runs, with its arguments."""
-        self.first = self.first or name
+        self.first = name if self.first is None else self.first
         seen: list[Tensor] = []
         for place, argument, keyword in places(layer):
             x = args[argument] if len(args) > argument else kwargs.get(keyword)

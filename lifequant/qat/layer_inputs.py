@@ -111,7 +111,7 @@ def _found(
 ) -> Input | None:
     """What a layer takes, if it is known."""
     parent, _, last = name.rpartition(".")
-    around = modules[parent] if parent else None
+    around = modules[parent] if name else None
     if isinstance(around, QuantMultiheadAttention) and last == "out_proj":
         return Input(quantized=False, image=False)
     if is_shifted_windows(around) and last == "proj":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import ShiftedWindowAttention
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 
-class QuantShiftedWindowAttention(ShiftedWindowAttention):
+class _CallsItsLayers:
     """The same function of x [N, H, W, C], by calls of its layers ``qkv`` and ``proj``."""
-
-    @classmethod
-    def convert_(cls, attention: nn.Module) -> None:
-        attention.__class__ = cls
 
     def forward(self, x: Tensor) -> Tensor:
         n, *size, _ = x.shape
@@ -23,7 +21,7 @@ class QuantShiftedWindowAttention(ShiftedWindowAttention):
         x = F.pad(x, (0, 0, 0, whole[1] - size[1], 0, whole[0] - size[0]))
         x = self._windows(torch.roll(x, [-by for by in shift], (1, 2)))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + self.get_relative_position_bias()
+        scores = self._scores(q, k) + self.get_relative_position_bias()
         if any(shift):
             scores = (scores.unflatten(0, (n, -1)) + self._mask(whole, shift, x)).flatten(0, 1)
         shares = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
@@ -31,6 +29,9 @@ class QuantShiftedWindowAttention(ShiftedWindowAttention):
         x = x.view(n, whole[0] // window[0], whole[1] // window[1], *window, -1).transpose(2, 3)
         x = torch.roll(x.reshape(n, *whole, -1), shift, (1, 2))
         return x[:, : size[0], : size[1]].contiguous()
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
 
     def _windows(self, x: Tensor) -> Tensor:
         """[N, H, W, C] -> [N windows, places in a window, C]"""
@@ -47,3 +48,24 @@ class QuantShiftedWindowAttention(ShiftedWindowAttention):
         area = 3 * sides[0][:, None] + sides[1]
         area = self._windows(area[None, :, :, None]).squeeze(-1)
         return torch.where(area[:, None, :] == area[:, :, None], 0.0, -100.0).to(x.dtype)[:, None]
+
+
+class QuantShiftedWindowAttention(_CallsItsLayers, ShiftedWindowAttention):
+    """That of Swin Transformer."""
+
+
+class QuantShiftedWindowAttentionV2(_CallsItsLayers, ShiftedWindowAttentionV2):
+    """That of its second version: cosines, and keys without a bias."""
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.qkv.bias is not None:
+            bias = self.qkv.bias.chunk(3)[1].unflatten(0, (self.num_heads, 1, -1))
+            k = k - bias
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return cosines * self.logit_scale.clamp(max=math.log(100)).exp()
+
+
+def convert_(attention: nn.Module) -> None:
+    """Make one of these of ``attention``, in place."""
+    second = isinstance(attention, ShiftedWindowAttentionV2)
+    attention.__class__ = QuantShiftedWindowAttentionV2 if second else QuantShiftedWindowAttention

@@ -14,13 +14,19 @@ from lifequant.quantizers.lsqplus import LSQPlusActivation
 
 
 class LSQInput(LSQ):
-    """Signed: codes -2^(b-1) .. 2^(b-1)-1."""
+    """Signed: codes -2^(b-1) .. 2^(b-1)-1. Data that are zero throughout say nothing; the values then reach to 1."""
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     def features(self, x: Tensor) -> int:
         return max(x.numel() // max(len(x), 1) if x.dim() else 1, 1)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        super().calibrate(x)
+        if not x.any():
+            self.step_size.fill_(1 / self.qp)
 
 
 class LLSQInput(LLSQ):
