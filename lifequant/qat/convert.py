@@ -26,7 +26,15 @@ from lifequant.qat.convert_calibration import calibrate, calibrate_at_first_forw
 from lifequant.qat.convert_functions import FunctionCalls, find_function_calls, trace
 from lifequant.qat.convert_report import describe, warn_of_functions, why_float
 from lifequant.qat.layer_inputs import add_input_quantizers
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, check_bits, set_layer_bits
+from lifequant.qat.layers import (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    QuantReLU,
+    Scheme,
+    check_bits,
+    set_layer_bits,
+)
 from lifequant.quantizers.base import FakeQuant, Quantizer
 
 __all__ = ["calibrate", "quantize_model"]
@@ -117,12 +125,12 @@ def _check_is_float(model: nn.Module) -> None:
             f"quantize_model takes an eager nn.Module, not a {type(model).__name__}: script or compile it afterwards"
         )
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuant | QuantConv2d | QuantLinear | QuantReLU):
+        if isinstance(module, FakeQuant | QuantConv2d | QuantLinear | QuantReLU | QuantConvTranspose2d):
             raise UserError(f"quantize_model: the model is already quantized ({name!r}): pass the float model")
 
 
 def _convert_layers(
-    q: nn.Module, scheme: Scheme, attention: bool, layer_bits: Mapping[str, int | tuple[int, int]]
+    q: nn.Module, scheme: Scheme, inputs: bool, layer_bits: Mapping[str, int | tuple[int, int]]
 ) -> dict[str, str]:
     """Convert the layers in place, and return {module that stays float: reason}."""
     modules = dict(q.named_modules())
@@ -133,9 +141,11 @@ def _convert_layers(
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     stays_float = {name: why for name, module in modules.items() if (why := why_float(name, module, owners))}
-    done = convert_attention(q, scheme, stays_float, layer_bits) if attention else []
+    done = convert_attention(q, scheme, stays_float, layer_bits) if inputs else []
     converted = len(done)
     for name, module in modules.items():
+        if inputs and type(module) is nn.ConvTranspose2d:
+            QuantConvTranspose2d.convert_(module)
         if name in stays_float or name in done:
             continue
         if isinstance(module, nn.Conv2d | nn.Linear):

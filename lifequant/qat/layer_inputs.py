@@ -11,21 +11,9 @@ from torch import Tensor, nn
 from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import Trace, is_shifted_windows
 from lifequant.qat.convert_inputs import Input, Inputs
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, Scheme, bits_by_name
+from lifequant.qat.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantReLU, Scheme, bits_by_name
 from lifequant.quantizers.base import FakeQuant
 from lifequant.quantizers.inputs import input_quantizer
-
-
-class QuantConvTranspose2d(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d whose input passes a fake-quantizer; its weight stays in float."""
-
-    @classmethod
-    def convert_(cls, conv: nn.ConvTranspose2d) -> None:
-        conv.__class__ = cls
-        conv.act_quant = nn.Identity()
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return super().forward(self.act_quant(input), output_size)
 
 
 class OpenInput(nn.Module):
@@ -74,12 +62,11 @@ def add_input_quantizers(
     Layers that the trace shows to take one tensor share one quantizer, if they have the same bits.
     """
     modules = dict(q.named_modules())
-    inputs = trace and Inputs(trace, {name for name, module in modules.items() if isinstance(module, QuantReLU)})
+    relus = {name for name, m in modules.items() if isinstance(m, QuantReLU) and isinstance(m.act_quant, FakeQuant)}
+    inputs = trace and Inputs(trace, relus)
     shared: dict[object, nn.Module] = {}
     images = []
     for name, module in modules.items():
-        if type(module) is nn.ConvTranspose2d:
-            QuantConvTranspose2d.convert_(module)
         if not isinstance(module, TAKING):
             continue
         bits = bits_by_name(name, layer_bits, (scheme.weight_bits, scheme.act_bits))[1]
@@ -104,6 +91,12 @@ def add_input_quantizers(
     for quant in shared.values():
         quant.to(device)
     return images
+
+
+def _is_self_attention(modules: dict[str, nn.Module], name: str) -> bool:
+    parent, _, last = name.rpartition(".")
+    layers = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+    return last == "self_attn" and isinstance(modules[parent], layers)
 
 
 def _found(

@@ -41,6 +41,18 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight_quant(self.weight), self.bias)
 
 
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d whose input passes a fake-quantizer; its weight stays in float."""
+
+    @classmethod
+    def convert_(cls, conv: nn.ConvTranspose2d) -> None:
+        conv.__class__ = cls
+        conv.act_quant = nn.Identity()
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(self.act_quant(input), output_size)
+
+
 class QuantLinear(nn.Linear):
     """nn.Linear whose weight and input pass fake-quantizers; the bias stays in float."""
 
@@ -145,7 +157,8 @@ def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tu
     Activations have their bits at a QuantReLU, or where a QuantLinear quantizes its input. Raises UserError for a
     pattern that fits no layer and for bits that aren't offered.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)}
+    kinds = QuantConv2d | QuantConvTranspose2d | QuantLinear | QuantReLU
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     for pattern, value in bits.items():
         widths = tuple(value) if isinstance(value, tuple | list) else (value, value)
         if len(widths) != 2:
@@ -177,7 +190,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _set_bits(layer: nn.Module, scheme: Scheme, weight_bits: int, act_bits: int) -> None:
-    if not isinstance(layer, QuantReLU):
+    if isinstance(layer, QuantConv2d | QuantLinear):
         layer.weight_quant = scheme.weight(layer.weight.shape[0], bits=weight_bits)
     if isinstance(layer, QuantReLU) or (isinstance(layer, QuantLinear) and not layer.float_input):
         layer.act_quant = scheme.activations.activation(act_bits)
