@@ -38,7 +38,7 @@ def quantized(model: nn.Module, size: int = 16) -> tuple[nn.Module, list[str]]:
     """The quantized model, calibrated, and what quantize_model warned of."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        q = quantize_model(model)
+        q = quantize_model(model, inputs="relu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         calibrate(q, torch.randn(2, 3, size, size))
@@ -91,7 +91,9 @@ def test_nothing_is_said_where_it_is_not_so():
     assert "left: Twice, calls ReLU as a function 2 times" in str(quantized(Twice())[0].quantization)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert quantize_model(Net(F.relu), act_bits=32).quantization.behind_functions == []  # all inputs stay float
+        assert (
+            quantize_model(Net(F.relu), act_bits=32, inputs="relu").quantization.behind_functions == []
+        )  # all inputs stay float
 
 
 def test_torchvision():
@@ -99,7 +101,9 @@ def test_torchvision():
     for name in ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert quantize_model(getattr(torchvision.models, name)()).quantization.behind_functions == []
+            assert (
+                quantize_model(getattr(torchvision.models, name)(), inputs="relu").quantization.behind_functions == []
+            )
     q, (said,) = quantized(torchvision.models.googlenet(init_weights=False, num_classes=10), 64)
     assert "in BasicConv2d, InceptionAux, " in said and "inputs of 60 of 64 " in said
     assert set(q.quantization.behind_functions) <= set(q.quantization.float_inputs)
@@ -108,11 +112,11 @@ def test_torchvision():
 def test_transformer_layers():
     """Their activation is a function unless a module is given."""
     with pytest.warns(UserWarning, match="in TransformerEncoderLayer, .* inputs of 1 of 2 .*linear2"):
-        quantize_model(nn.TransformerEncoderLayer(16, 2, 32))
+        quantize_model(nn.TransformerEncoderLayer(16, 2, 32), inputs="relu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for activation in (nn.ReLU(), "gelu"):
-            quantize_model(nn.TransformerEncoderLayer(16, 2, 32, activation=activation))
+            quantize_model(nn.TransformerEncoderLayer(16, 2, 32, activation=activation), inputs="relu")
 
 
 class Busy(Net):
@@ -137,7 +141,7 @@ def test_the_model_is_left_alone(capsys):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     with pytest.warns(UserWarning, match="inputs of 3 of 5 "):
-        q = quantize_model(model)
+        q = quantize_model(model, inputs="relu")
     assert seen == [] and capsys.readouterr().out == "" and torch.equal(torch.get_rng_state(), state)
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value) and torch.equal(q.state_dict()[name], value)
@@ -151,5 +155,5 @@ def test_the_report_is_80_columns_wide():
         net.add_module(f"{long}{i}", nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Hardswish(), Net(F.relu)))
     net.add_module(3 * long, nn.Conv2d(3, 3, 3))
     with pytest.warns(UserWarning):
-        report = str(quantize_model(net).quantization)
+        report = str(quantize_model(net, inputs="relu").quantization)
     assert max(map(len, report.splitlines())) <= 80 and long + "5" in report and "behind a ReLU" in report

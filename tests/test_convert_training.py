@@ -57,12 +57,11 @@ def test_steps_against_a_pass_by_hand():
     buffers = {name: b.clone() for name, b in q.named_buffers()}
     batches = [(X[:3], None), (X[3:], None)]
     random = torch.get_rng_state()
-    with pytest.warns(UserWarning, match="2 of 4 layers have an input that no quantizer gave: conv1, fc"):
-        calibrate(q, batches)
+    calibrate(q, batches)
     assert torch.equal(random, torch.get_rng_state()) and q.training and q.drop.training
     assert identities == [id(p) for p in q.parameters()]
     assert all(torch.equal(b, buffers[name]) for name, b in q.named_buffers() if not name.endswith("is_set"))
-    assert q.quantization.float_inputs == ["conv1", "fc"] and q.quantization.shared == {"relu": 2}
+    assert q.quantization.float_inputs == q.quantization.images == ["conv1"] and q.quantization.shared == {"relu": 2}
     assert q.quantization.unreached == []
 
     expected = {}
@@ -70,7 +69,7 @@ def test_steps_against_a_pass_by_hand():
         if isinstance(layer, QuantConv2d | QuantLinear):
             expected[f"{name}.weight_quant"] = lsq_step(layer.weight, 2 ** (layer.weight_quant.bits - 1) - 1)
     weights = {n: m.weight_quant(m.weight) for n, m in q.named_modules() if hasattr(m, "weight_quant")}
-    seen: dict[str, list[Tensor]] = {"relu": [], "relu6": []}
+    seen: dict[str, list[Tensor]] = {"relu": [], "relu6": [], "fc": []}
 
     def act(x: Tensor, name: str) -> Tensor:
         seen[name].append(x)
@@ -82,7 +81,8 @@ def test_steps_against_a_pass_by_hand():
         x = act(F.batch_norm(x, None, None, q.bn.weight, q.bn.bias, training=True).relu(), "relu")
         wrapped = F.pad(x, (2, 2, 2, 2), mode="circular")
         x = act((F.conv2d(wrapped, weights["conv2"], q.conv2.bias, dilation=2, groups=4) + x).relu(), "relu")
-        act(F.conv2d(x, weights["conv3"], stride=2).clamp(0, 6), "relu6")
+        x = act(F.conv2d(x, weights["conv3"], stride=2).clamp(0, 6), "relu6")
+        act(x.mean((2, 3)), "fc")
     assert steps(q) == pytest.approx(expected, rel=1e-5)
     assert steps(q) != pytest.approx(steps(initial), rel=1e-2)
     with warnings.catch_warnings():  # said once
@@ -119,7 +119,7 @@ def test_functional_relu_and_unreached_layers():
             return self.c(F.relu(self.b(torch.cat([x, x], 2))))
 
     with pytest.warns(UserWarning, match=r"in Hidden, .* inputs of 1 of 4 .* \(c\)"):
-        q = quantize_model(Hidden())
+        q = quantize_model(Hidden(), inputs="relu")
     with pytest.warns(UserWarning, match="1 layers were not reached: never"):
         calibrate(q, X)
     assert q.quantization.float_inputs == ["a", "c"] and q.quantization.unreached == ["never"]
@@ -185,7 +185,7 @@ def test_every_quantizer_trains(name):
 def test_param_groups():
     _, q = net(act_quantizer="pact")
     groups = {(g["lr"], g["weight_decay"]): g["params"] for g in param_groups(q, 0.1, weight_decay=0.5)}
-    assert [len(groups[key]) for key in ((0.1, 0.5), (0.1 * 0.1, 0.0), (0.1 * 0.1, 0.5))] == [9, 4, 2]
+    assert [len(groups[key]) for key in ((0.1, 0.5), (0.1 * 0.1, 0.0), (0.1 * 0.1, 0.5))] == [9, 4, 3]
     steps, before = Scales(q), q.conv1.weight_quant.step_size.item()
     with steps.limit_scale_updates():
         q.conv1.weight_quant.step_size.data.fill_(-1.0)

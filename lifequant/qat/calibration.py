@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lifequant.qat.attention import attention_weights
 from lifequant.qat.layers import fake_quants, weight_layers
 from lifequant.qat.modes import preserve_state
 from lifequant.quantizers.base import HALF, FakeQuant
@@ -51,6 +52,8 @@ def calibrate_weights(model: nn.Module) -> None:
     for _, layer in weight_layers(model):
         if isinstance(layer.weight_quant, FakeQuant):
             calibrate_quantizer(layer.weight_quant, layer.weight)
+    for quant, weight in attention_weights(model):
+        calibrate_quantizer(quant, weight)
 
 
 def calibrate_quantizer(quant: FakeQuant, x: Tensor) -> None:

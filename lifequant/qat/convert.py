@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
+from lifequant.qat.convert_attention import convert_attention
 from lifequant.qat.convert_calibration import after_loading, calibrate, calibrate_at_first_forward
-from lifequant.qat.convert_functions import FunctionCalls, find_function_calls
+from lifequant.qat.convert_functions import FunctionCalls, find_function_calls, try_trace
 from lifequant.qat.convert_report import describe, warn_of_functions, why_float
 from lifequant.qat.copying import copied
+from lifequant.qat.layer_inputs import add_input_quantizers
 from lifequant.qat.layers import (
     QuantConv2d,
+    QuantConvTranspose2d,
     QuantLinear,
     QuantReLU,
     Scheme,
@@ -48,14 +51,22 @@ def quantize_model(
     act_quantizer: str | Quantizer | None = None,
     per_channel: bool = False,
     layer_bits: Mapping[str, int | tuple[int, int]] | None = None,
+    inputs: str = "all",
     verbose: bool = False,
     **former: Any,
 ) -> nn.Module:
     """Return a quantized copy of any eager model; the given model does not change.
 
-    Every nn.Conv2d and nn.Linear gets a weight quantizer, and every nn.ReLU and nn.ReLU6 gets a quantizer for its output.
-    Everything else stays float: subclasses of these layers, other activations, weights that several modules share,
-    parametrized or constant weights, and ReLU that the model calls as a function (this is warned of). ``q.quantization`` (a ``Quantization``) lists all of it, and ``verbose`` prints the list.
+    Every nn.Conv2d and nn.Linear gets a weight quantizer, as do the projections of nn.MultiheadAttention, and every nn.ReLU
+    and nn.ReLU6 gets a quantizer for its output. Everything else stays float: subclasses of these layers, other
+    activations, weights that several modules share, parametrized or constant weights. ``q.quantization`` (a ``Quantization``) lists
+    all of it, and ``verbose`` prints the list.
+
+    With ``inputs="all"``, an nn.Conv2d, nn.ConvTranspose2d, nn.Linear or nn.MultiheadAttention gets a quantizer of
+    ``act_bits`` for its input, unless one ReLU's quantizer gave it or it is the model's own input. The quantizer has signed
+    codes (lsq's; llsq and lsqplus have their own) if the input may be negative. Layers that take one tensor share it. Where
+    the model can't be traced, ``calibrate`` decides which layers need one. With ``inputs="relu"`` there are no such
+    quantizers, attention stays float, and a ReLU that the model calls as a function is warned of.
 
     ``quantizer`` and ``act_quantizer`` (by default the same) are names, or results of ``registry.quantizer(name,
     **options)``. Bit-widths are 2, 3, 4, 5, 6, 8 or 32, which means float. ``first_last_bits`` is the bit-width of the
@@ -79,10 +90,13 @@ def quantize_model(
         (first_last_bits or 32, "first_last_bits"),
     ):
         check_bits(bits, f"quantize_model, {name}")
+    if inputs not in ("all", "relu"):
+        raise UserError(f"quantize_model, inputs: {inputs!r} is not offered (known: 'all', 'relu')")
     _check_is_float(model)
     q = copied(model, "quantize_model")
     to_torch_layers(q)
-    calls = find_function_calls(q) if act_bits < 32 else FunctionCalls()
+    traced = try_trace(q) if act_bits < 32 else None
+    calls = find_function_calls(q, traced) if act_bits < 32 and inputs == "relu" else FunctionCalls()
     scheme = Scheme(
         weights=_family(quantizer),
         activations=_family(act_quantizer or quantizer),
@@ -91,13 +105,15 @@ def quantize_model(
         first_last_bits=first_last_bits or weight_bits,
         per_channel=per_channel,
     )
-    stays_float = _convert_layers(q, scheme)
-    set_layer_bits(q, scheme, layer_bits or {})
+    layer_bits = layer_bits or {}
+    stays_float = _convert_layers(q, scheme, inputs == "all", layer_bits)
+    set_layer_bits(q, scheme, layer_bits)
+    images = add_input_quantizers(q, traced, scheme, layer_bits) if inputs == "all" else []
     device = next((p.device for p in q.parameters()), None)
     for name, quant in fake_quants(q):
         quant.prepare_to_convert(of_weight=name.endswith("weight_quant"))
         quant.to(device)
-    q.quantization = describe(q, stays_float, calls)
+    q.quantization = describe(q, stays_float, calls, images)
     q.register_load_state_dict_post_hook(after_loading)
     calibrate_at_first_forward(q)
     warn_of_functions(q, calls)
@@ -131,7 +147,9 @@ def _check_is_float(model: nn.Module) -> None:
             raise UserError(f"quantize_model: the model is already quantized ({name!r}): pass the float model")
 
 
-def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
+def _convert_layers(
+    q: nn.Module, scheme: Scheme, inputs: bool, layer_bits: Mapping[str, int | tuple[int, int]]
+) -> dict[str, str]:
     """Convert the layers in place, and return {module that stays float: reason}."""
     modules = dict(q.named_modules())
     weighted = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -141,9 +159,12 @@ def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     stays_float = {name: why for name, module in modules.items() if (why := why_float(name, module, owners))}
-    converted, left = 0, dict(stays_float)
+    done = convert_attention(q, scheme, stays_float, layer_bits) if inputs else []
+    converted = len(done)
     for name, module in modules.items():
-        if name in stays_float:
+        if inputs and type(module) is nn.ConvTranspose2d:
+            QuantConvTranspose2d.convert_(module)
+        if name in stays_float or name in done:
             continue
         if isinstance(module, nn.Conv2d | nn.Linear):
             layer_type = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
@@ -151,7 +172,7 @@ def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
             bits = 32 if no_scale else None
             layer_type.convert_(module, scheme.weight(module.weight.shape[0], name in first_last, bits))
             if no_scale:
-                left[name] = f"{type(module).__name__.removeprefix('Quant')}, {no_scale}"
+                stays_float[name] = f"{type(module).__name__.removeprefix('Quant')}, {no_scale}"
             converted += 1
         elif isinstance(module, nn.ReLU | nn.ReLU6):
             QuantReLU.convert_(module, scheme.activations.activation(scheme.act_bits))
@@ -164,4 +185,4 @@ def _convert_layers(q: nn.Module, scheme: Scheme) -> dict[str, str]:
             "quantize_model: the model has no nn.Conv2d, nn.Linear or nn.ReLU that can be quantized"
             + (f"; these stay float: {'; '.join(reasons)}" if reasons else "")
         )
-    return left
+    return stays_float

@@ -14,15 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError
+from lifequant.qat.attention import attention_weights
 from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations, is_empty
 from lifequant.qat.convert_report import Quantization, add_findings
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU, fake_quants, weight_layers
+from lifequant.qat.input_observer import LayerInputs, sample_with_extremes
+from lifequant.qat.layer_inputs import TAKING, OpenInput
+from lifequant.qat.layers import QuantReLU, fake_quants, weight_layers
 from lifequant.qat.modes import preserve_state
 from lifequant.qat.refit import refit_activation, refit_weight, relative_error
-from lifequant.quantizers.base import FakeQuant, sample
+from lifequant.quantizers.base import FakeQuant
 
 NUM_BATCHES = 8  # batches that calibrate() reads
-NUM_VALUES = 2**14  # values of one tensor in one batch that are kept to set a scale
 
 
 def calibrate(
@@ -85,9 +87,9 @@ def _to(value: Any, device: torch.device | None) -> Any:
 @contextmanager
 def _whole_or_not_at_all(q: nn.Module) -> Iterator[None]:
     """After an error inside, all quantizers are as they were."""
-    quants = [quant for _, quant in fake_quants(q)]
+    quants = [m for m in q.modules() if isinstance(m, FakeQuant | OpenInput)]
     former = [({n: p.detach().clone() for n, p in quant._parameters.items()}, _copies(quant)) for quant in quants]
-    flags = [quant._calibrated for quant in quants]
+    flags = [getattr(quant, "_calibrated", False) for quant in quants]
     try:
         yield
     except BaseException:
@@ -100,7 +102,7 @@ def _whole_or_not_at_all(q: nn.Module) -> Iterator[None]:
         raise
 
 
-def _copies(quant: FakeQuant) -> dict[str, Tensor | None]:
+def _copies(quant: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if b is None else b.clone() for name, b in quant._buffers.items()}
 
 
@@ -116,19 +118,28 @@ def _calibrate_on_calls(
         observer, count = _observed(q, calls, train, forward)
         if not count:
             raise UserError("calibrate: there is no batch to set the scales from")
-    layers = [name for name, m in q.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)]
-    add_findings(q, layers, observer.float_inputs, observer.uses, observer.reached, _errors(q, observer))
+    layers = [name for name, m in q.named_modules() if isinstance(m, QuantReLU | TAKING)]
+    add_findings(q, layers, observer.layer_inputs, observer.uses, observer.reached, _errors(q, observer))
+
+
+def _weights(q: nn.Module) -> Iterator[tuple[FakeQuant, Tensor]]:
+    """(quantizer, weight) of all weights."""
+    yield from ((m.weight_quant, m.weight) for _, m in weight_layers(q) if isinstance(m.weight_quant, FakeQuant))
+    yield from attention_weights(q)
 
 
 def _errors(q: nn.Module, observer: _Observer) -> dict[str, tuple[FakeQuant, float]]:
-    """{layer: its weights' or its outputs' quantizer, and their relative error}"""
-    weights = {n: (m.weight_quant, m.weight) for n, m in weight_layers(q) if isinstance(m.weight_quant, FakeQuant)}
-    outputs = {
-        name.removesuffix(".act_quant"): (quant, torch.cat(observer.inputs[name]))
-        for name, quant in fake_quants(q)
-        if name in observer.inputs
-    }
-    return {name: (quant, relative_error(quant, x)) for name, (quant, x) in {**weights, **outputs}.items()}
+    """{tensor: (quantizer, relative error)}; "layer1" is a layer's weights or a ReLU's outputs, "layer1, input" its input."""
+    weights, found = {id(quant): weight for quant, weight in _weights(q)}, {}
+    for name, quant in fake_quants(q):
+        layer, _, place = name.removesuffix(".quant").rpartition(".")
+        if id(quant) in weights:
+            found[layer] = quant, relative_error(quant, weights[id(quant)])
+        elif name in observer.inputs:
+            of_relu = isinstance(q.get_submodule(layer), QuantReLU)
+            text = layer if of_relu else f"{layer}, {place.replace('act_quant', 'input').removesuffix('_quant')}"
+            found[text] = quant, relative_error(quant, torch.cat(observer.inputs[name]))
+    return found
 
 
 def _observed(
@@ -139,9 +150,8 @@ def _observed(
 ) -> tuple[_Observer, int]:
     """What the forward calls show, and how many there were. The scales are set meanwhile."""
     calibrate_weights(q)
-    for _, layer in weight_layers(q):
-        if isinstance(layer.weight_quant, FakeQuant):
-            refit_weight(layer.weight_quant, layer.weight)
+    for quant, weight in _weights(q):
+        refit_weight(quant, weight)
     observer = _Observer()
     count = 0
     devices = sorted({p.device.index for p in q.parameters() if p.is_cuda})
@@ -149,7 +159,7 @@ def _observed(
     try:
         with torch.random.fork_rng(devices=devices), hook_activations(q, observer.set_scale):
             for args, kwargs in calls:
-                observer.begin_pass()
+                observer.begin_pass(args, kwargs)
                 mode = False if train is None and _is_one_image(*args, *kwargs.values()) else train
                 with preserve_state(q, mode):
                     forward(q, *args) if forward else q(*args, **kwargs)
@@ -158,6 +168,7 @@ def _observed(
     finally:
         for handle in handles:
             handle.remove()
+    observer.layer_inputs.finish(q)
     return observer, count
 
 
@@ -171,20 +182,19 @@ class _Observer:
     def __init__(self) -> None:
         self.inputs: dict[str, list[Tensor]] = {}  # samples of each quantizer's inputs
         self.reached: set[str] = set()
-        self.float_inputs: set[str] = set()
+        self.layer_inputs = LayerInputs()
         self.uses: Counter[str] = Counter()  # the most uses of a ReLU in one pass
         self.uses_in_pass: Counter[str] = Counter()
-        self.quantized_values = torch.empty(0)  # all values that activation quantizers gave in this pass
 
     def register(self, q: nn.Module) -> list[Any]:
         """Add the hooks to all layers, and return their handles."""
         handles = []
+        self.layer_inputs.begin(q)
         for name, module in q.named_modules():
-            if isinstance(module, QuantConv2d | QuantLinear):
+            if isinstance(module, TAKING):
                 handles.append(
                     module.register_forward_pre_hook(
-                        lambda m, args, kwargs, name=name: self.see_input(name, *args, *kwargs.values()),
-                        with_kwargs=True,
+                        lambda m, args, kwargs, name=name: self.see_input(name, m, args, kwargs), with_kwargs=True
                     )
                 )
             elif isinstance(module, QuantReLU):
@@ -193,42 +203,33 @@ class _Observer:
                 )
         return handles
 
-    def begin_pass(self) -> None:
-        self.uses_in_pass, self.quantized_values = Counter(), self.quantized_values[:0]
+    def begin_pass(self, args: tuple, kwargs: dict) -> None:
+        self.uses_in_pass = Counter()
+        self.layer_inputs.begin_pass(args, kwargs)
 
     def end_pass(self) -> None:
         self.uses |= self.uses_in_pass
+        self.layer_inputs.end_pass()
 
     def set_scale(self, name: str, quant: FakeQuant, x: Tensor) -> None:
         """Before an activation quantizer runs: set its scale from all of its inputs so far."""
         if x.numel():
-            self.inputs.setdefault(name, []).append(_sample_with_extremes(x))
+            self.inputs.setdefault(name, []).append(sample_with_extremes(x))
             values = torch.cat(self.inputs[name])
             calibrate_quantizer(quant, values)
             refit_activation(quant, values)
 
-    def see_input(self, name: str, x: Tensor) -> None:
-        """Before a layer with weights runs: find out whether its input is quantized."""
+    def see_input(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a layer runs: find out whether its input is quantized."""
         self.reached.add(name)
-        values = sample(x[x != 0], NUM_VALUES).float()  # a zero may come from padding or from a ReLU
-        if len(values):
-            quantized = torch.isin(values, self.quantized_values.to(values.device)).float().mean()
-            if bool(quantized < 0.95):  # not 1, because the samples can miss rare values
-                self.float_inputs.add(name)
+        self.layer_inputs.see(name, layer, args, kwargs)
 
     def see_output(self, name: str, relu: QuantReLU, x: Tensor) -> None:
         """After a ReLU ran: count the use and keep the values that it gave."""
         self.reached.add(name)
         self.uses_in_pass[name] += 1
         if isinstance(relu.act_quant, FakeQuant):
-            values = sample(x, NUM_VALUES).float()
-            self.quantized_values = torch.cat([self.quantized_values.to(x.device), values]).unique()
-
-
-def _sample_with_extremes(x: Tensor) -> Tensor:
-    """A sample of ``x`` with its minimum and maximum, flat, float32; all values if there are few."""
-    values = sample(x, NUM_VALUES).float()
-    return values if len(values) == x.numel() else torch.cat([values, x.aminmax().min[None].float(), x.amax()[None]])
+            self.layer_inputs.keep(name, x)
 
 
 def _is_calibrated(q: nn.Module) -> bool:

@@ -25,7 +25,7 @@ RELU = {F.relu, F.relu6, torch.relu, torch.relu_}
 RELU_METHODS = {"relu", "relu_"}
 # What gives values of its input, and no others but zero.
 KEEPING = {
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.dropout, F.dropout2d,
+    F.pad, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.dropout, F.dropout2d,
     torch.max_pool2d, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.cat, torch.concat, torch.stack,
     torch.chunk, torch.split, operator.getitem,
 }  # fmt: skip
@@ -35,9 +35,24 @@ KEEPING_METHODS = {
 KEEPING_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout1d,
     nn.Dropout2d, nn.Flatten, nn.Identity, nn.ChannelShuffle, nn.PixelShuffle,
+    nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
 )  # fmt: skip
-CALLED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)  # a trace does not look into these, nor into their subclasses
+CALLED = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.Linear,
+    nn.ReLU,
+    nn.ReLU6,
+)  # a trace looks into no such layer, nor into a subclass
 OURS = ("lifequant.qat.", "lifequant.quantizers.")  # nor into modules of these packages
+
+
+@dataclass
+class Trace:
+    """A model's graph, and its modules by their names; these have no weights."""
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
 
 
 @dataclass
@@ -48,30 +63,8 @@ class FunctionCalls:
     behind: list[str] = field(default_factory=list)  # modules that take what such a call gave
 
 
-def find_function_calls(model: nn.Module) -> FunctionCalls:
-    """Calls of ReLU as a function in ``model``, which does not change. Those of a model that can't be traced are not found."""
-    found = FunctionCalls()
-    for name, module in model.named_modules():
-        is_transformer = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-        if is_transformer and module.activation in (F.relu, torch.relu):
-            found.callers[name] += 1
-            found.behind.append(f"{name}.linear2".lstrip("."))
-    try:
-        graph, modules = trace(model)
-    except Exception:  # a model may do anything in its forward; calibrate() finds its float inputs
-        return found
-    values = _Values(modules)
-    for node in graph.nodes:
-        if _is_relu(node):
-            *_, (caller, _) = [("", None), *node.meta.get("nn_module_stack", {}).values()]
-            found.callers[caller] += 1
-        elif node.op == "call_module" and any(map(values.of_function, node.all_input_nodes)):
-            found.behind.append(node.target)
-    return found
-
-
-def trace(model: nn.Module, train: bool = True) -> tuple[fx.Graph, dict[str, nn.Module]]:
-    """(graph of ``model``, {name: module of the copy that was traced}), in train mode or as it is.
+def trace(model: nn.Module, train: bool = True) -> Trace:
+    """The trace of ``model``, which does not change, in train mode or as it is.
 
     Quantized layers are not looked into. Raises whatever the model's forward raises.
     """
@@ -80,14 +73,48 @@ def trace(model: nn.Module, train: bool = True) -> tuple[fx.Graph, dict[str, nn.
         skeleton.train(train or skeleton.training)
         given = inspect.signature(skeleton.forward).parameters.values()
         defaults = {p.name: p.default for p in given if p.default is not p.empty}
-        graph = _Tracer().trace(skeleton, concrete_args=defaults)
-    return graph, dict(skeleton.named_modules())
+        return Trace(_Tracer().trace(skeleton, concrete_args=defaults), dict(skeleton.named_modules()))
+
+
+def try_trace(model: nn.Module) -> Trace | None:
+    """The trace of ``model``; None if it can't be traced."""
+    try:
+        return trace(model)
+    except Exception:  # a model may do anything in its forward; calibrate() finds its float inputs
+        return None
+
+
+def find_function_calls(model: nn.Module, traced: Trace | None) -> FunctionCalls:
+    """Calls of ReLU as a function in ``model``, whose trace is ``traced``. Without a trace they are not found."""
+    found = FunctionCalls()
+    for name, module in model.named_modules():
+        is_transformer = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        if is_transformer and module.activation in (F.relu, torch.relu):
+            found.callers[name] += 1
+            found.behind.append(f"{name}.linear2".lstrip("."))
+    if traced is None:
+        return found
+    values = _Values(traced.modules)
+    for node in traced.graph.nodes:
+        if is_relu(node):
+            *_, (caller, _) = [("", None), *node.meta.get("nn_module_stack", {}).values()]
+            found.callers[caller] += 1
+        elif node.op == "call_module" and any(map(values.of_function, node.all_input_nodes)):
+            found.behind.append(node.target)
+    return found
+
+
+def is_shifted_windows(module: nn.Module) -> bool:
+    """Whether it is the attention of torchvision's Swin Transformer, found by name so that torchvision is not imported."""
+    kinds = {(kind.__module__, kind.__name__) for kind in type(module).__mro__}
+    return ("torchvision.models.swin_transformer", "ShiftedWindowAttention") in kinds
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             isinstance(m, CALLED)
+            or is_shifted_windows(m)
             or type(m).__module__.startswith(OURS)
             or super().is_leaf_module(m, module_qualified_name)
         )
@@ -124,9 +151,9 @@ class _Values:
     @functools.cache  # noqa: B019  (a graph's walk is short-lived)
     def of_function(self, node: fx.Node) -> bool:
         """Whether some of them are what a ReLU function gave, and no quantizer gave them before."""
-        if _is_relu(node):
+        if is_relu(node):
             return not self.of_module(node)
-        return self._keeps(node) and any(map(self.of_function, node.all_input_nodes))
+        return keeps_values(node, self.modules) and any(map(self.of_function, node.all_input_nodes))
 
     @functools.cache  # noqa: B019
     def of_module(self, node: fx.Node) -> bool:
@@ -134,15 +161,17 @@ class _Values:
         if node.op == "call_module" and type(self.modules[node.target]) in (nn.ReLU, nn.ReLU6):
             return True
         inputs = node.all_input_nodes
-        return bool(inputs) and (self._keeps(node) or _is_relu(node)) and all(map(self.of_module, inputs))
-
-    def _keeps(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self.modules[node.target], KEEPING_MODULES)
-        return node.target in (KEEPING if node.op == "call_function" else KEEPING_METHODS)
+        return bool(inputs) and (keeps_values(node, self.modules) or is_relu(node)) and all(map(self.of_module, inputs))
 
 
-def _is_relu(node: fx.Node) -> bool:
+def keeps_values(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether all values are those of its inputs, or zero."""
+    if node.op == "call_module":
+        return isinstance(modules[node.target], KEEPING_MODULES)
+    return node.target in (KEEPING if node.op == "call_function" else KEEPING_METHODS)
+
+
+def is_relu(node: fx.Node) -> bool:
     return (node.op == "call_function" and node.target in RELU) or (
         node.op == "call_method" and node.target in RELU_METHODS
     )

@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lifequant.common.text import wrapped
+from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import FunctionCalls
+from lifequant.qat.input_observer import LayerInputs
+from lifequant.qat.layer_inputs import TAKING, describe_inputs
 from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU
 from lifequant.qat.refit import is_out_of_proportion
 from lifequant.quantizers.base import FakeQuant
@@ -20,11 +23,13 @@ MAX_NAMES = 4  # names in a group
 
 @dataclass
 class Quantization:
-    """What ``quantize_model`` did. ``calibrate`` fills in the last five fields. Names are those of named_modules()."""
+    """What ``quantize_model`` did. ``calibrate`` fills in the last fields, from ``float_inputs`` on. Names are those of named_modules()."""
 
     swapped: dict[str, str]  # {quantized layer: "Conv2d, 4-bit weights (proxq)"}
     left: dict[str, str]  # {module that stays float: reason}
     behind_functions: list[str] = field(default_factory=list)  # layers whose input is a ReLU called as a function
+    inputs: dict[str, str] = field(default_factory=dict)  # {layer: "4-bit signed input (LSQInput)"}
+    images: list[str] = field(default_factory=list)  # layers that take what the model is given, which stays float
     float_inputs: list[str] = field(default_factory=list)  # layers whose input no quantizer gave, with the first layer
     shared: dict[str, int] = field(default_factory=dict)  # {ReLU that runs several times in a pass: how often}
     unreached: list[str] = field(default_factory=list)  # layers that no pass reached; their scales are not set
@@ -35,10 +40,13 @@ class Quantization:
         """A line for each group of modules, wrapped at 80 columns: how many, what, and their names."""
         uses = {name: f"runs {n} times in a pass, with one scale" for name, n in self.shared.items()}
         rows = _grouped(self.swapped)
+        rows += _grouped(self.inputs)
         rows += [(f"left: {why}", names) for why, names in _grouped(self.left)]
         rows += _grouped(uses)
         rows += [("float input, behind a ReLU called as a function", self.behind_functions)]
-        rows += [("float input", self.float_inputs), ("not reached, not calibrated", self.unreached)]
+        rows += [("float input, the model's own", self.images)]
+        rows += [("float input", [n for n in self.float_inputs if n not in self.images])]
+        rows += [("not reached, not calibrated", self.unreached)]
         errors = [f"{name} ({self.errors[name]:.2f})" for name in self.inaccurate]
         rows += [("relative error out of proportion to the bits", errors)]
         return "\n".join(_row(len(names), text, names) for text, names in rows if names)
@@ -82,9 +90,9 @@ def why_float(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> 
     return f"{kind}, an activation" if type(module).__module__ == "torch.nn.modules.activation" else ""
 
 
-def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls) -> Quantization:
+def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls, images: list[str]) -> Quantization:
     """The report of a quantized model; ``stays_float`` is {module: reason}."""
-    found = Quantization({}, dict(stays_float))
+    found = Quantization({}, dict(stays_float), inputs=describe_inputs(q), images=images)
     for name, count in calls.callers.items():
         times = f" {count} times" if count > 1 else ""
         found.left.setdefault(name, f"{type(q.get_submodule(name)).__name__}, calls ReLU as a function{times}")
@@ -94,6 +102,8 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls)
             quant, quantity = module.weight_quant, "weights"
         elif isinstance(module, QuantReLU):
             quant, quantity = module.act_quant, "outputs"
+        elif isinstance(module, QuantMultiheadAttention):
+            quant, quantity = next(module.projections())[0], "weights"
         else:
             continue
         kind = type(module).__name__.removeprefix("Quant") + ("6" if getattr(module, "bound", None) else "")
@@ -107,6 +117,10 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls)
 
 def _has_weights(module: nn.Module) -> bool:
     return isinstance(module, QuantConv2d | QuantLinear)
+
+
+def _takes(module: nn.Module) -> bool:
+    return isinstance(module, TAKING)
 
 
 def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
@@ -127,7 +141,7 @@ def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
 def add_findings(
     q: nn.Module,
     layers: list[str],
-    float_inputs: set[str],
+    inputs: LayerInputs,
     uses: Mapping[str, int],
     reached: set[str],
     errors: Mapping[str, tuple[FakeQuant, float]],
@@ -136,14 +150,16 @@ def add_findings(
     report: Quantization = q.quantization
     former = report.float_inputs, report.unreached, report.inaccurate
     report.errors = {name: error for name, (_, error) in errors.items()}
-    report.inaccurate = [name for name in layers if name in errors and is_out_of_proportion(*errors[name])]
-    report.float_inputs = [name for name in layers if name in float_inputs]
+    report.inaccurate = [name for name in errors if is_out_of_proportion(*errors[name])]
+    report.inputs = describe_inputs(q)
+    report.images = [name for name in layers if name in inputs.images.union(report.images)]
+    report.float_inputs = [name for name in layers if name in inputs.floats]
     report.unreached = [name for name in layers if name not in reached]
     report.shared = {name: uses[name] for name in layers if uses[name] > 1}
     lines = []
-    if report.float_inputs:
-        of = f"{len(float_inputs)} of {sum(map(_has_weights, q.modules()))}"
-        lines.append(f"{of} layers have an input that no quantizer gave: {_shortened(report.float_inputs)}")
+    if rest := [name for name in report.float_inputs if name not in report.images]:
+        of = f"{len(rest)} of {sum(map(_takes, q.modules()))}"
+        lines.append(f"{of} layers have an input that no quantizer gave: {_shortened(rest)}")
     if report.unreached:
         lines.append(f"{len(report.unreached)} layers were not reached: {_shortened(report.unreached)}")
     if report.inaccurate:

@@ -80,13 +80,14 @@ def fold_batchnorm(q: nn.Module, pairs: Iterable[tuple[str, str]] | None = None)
 
 def _traced_pairs(q: nn.Module) -> list[tuple[str, str]]:
     try:
-        graph, modules = trace(q, train=False)
+        traced = trace(q, train=False)
     except Exception as error:
         raise UserError(
             f"fold_batchnorm: torch.fx can't trace the model ({type(error).__name__}); name the layers yourself: "
             'fold_batchnorm(q, pairs=[("conv1", "bn1"), ...])'
         ) from error
-    calls = [node for node in graph.nodes if node.op == "call_module"]
+    modules = traced.modules
+    calls = [node for node in traced.graph.nodes if node.op == "call_module"]
     owners: dict[int, list[fx.Node]] = {}  # of each module, its calls: a module may have several names
     for node in calls:
         owners.setdefault(id(modules[node.target]), []).append(node)

@@ -33,26 +33,43 @@ class _OwnFolding(nn.Module):
 
 
 class QuantConv2d(_OwnFolding, nn.Conv2d):
-    """nn.Conv2d whose weight passes a fake-quantizer. The constructor makes no bias; a converted layer keeps its bias in float."""
+    """nn.Conv2d whose weight passes a fake-quantizer, and so does its input where it has an ``act_quant``.
+
+    The constructor makes no bias; a converted layer keeps its bias in float.
+    """
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int, weight_quant: nn.Module) -> None:
         super().__init__(cin, cout, kernel, stride=stride, padding=padding, bias=False)
-        self.weight_quant = weight_quant
+        self.weight_quant, self.act_quant = weight_quant, None
 
     @classmethod
     def convert_(cls, conv: nn.Conv2d, weight_quant: nn.Module) -> None:
         """Make a QuantConv2d of ``conv``, in place: parameters, hooks, device, and whoever refers to it stay."""
         conv.__class__ = cls
-        conv.weight_quant = weight_quant
+        conv.weight_quant, conv.act_quant = weight_quant, None
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name, since some call their layers by it
+        if self.act_quant is not None:
+            input = self.act_quant(input)
         return self._conv_forward(input, self.weight_quant(self.weight), self.bias)
+
+
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d whose input passes a fake-quantizer; its weight stays in float."""
+
+    @classmethod
+    def convert_(cls, conv: nn.ConvTranspose2d) -> None:
+        conv.__class__ = cls
+        conv.act_quant = nn.Identity()
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(self.act_quant(input), output_size)
 
 
 class QuantLinear(_OwnFolding, nn.Linear):
     """nn.Linear whose weight and input pass fake-quantizers; the bias stays in float."""
 
-    float_input = False  # turned from torch's: its input may be signed, which no activation quantizer takes
+    float_input = False  # turned from torch's: qat/layer_inputs.py decides on its input
 
     def __init__(self, cin: int, cout: int, weight_quant: nn.Module, act_quant: nn.Module) -> None:
         super().__init__(cin, cout)
@@ -170,14 +187,15 @@ def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tu
     Activations have their bits at a QuantReLU, or where a QuantLinear quantizes its input. Raises UserError for a
     pattern that fits no layer and for bits that aren't offered.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d | QuantLinear | QuantReLU)}
+    kinds = QuantConv2d | QuantConvTranspose2d | QuantLinear | QuantReLU
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     for pattern, value in bits.items():
         widths = tuple(value) if isinstance(value, tuple | list) else (value, value)
         if len(widths) != 2:
             raise UserError(f"layer_bits, {pattern!r}: {value} is neither bits nor (weight bits, activation bits)")
         for width in widths:
             check_bits(width, f"layer_bits, {pattern!r}")
-        fitting = [m for n, m in layers.items() if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+        fitting = [m for n, m in layers.items() if _fits(n, pattern)]
         if not fitting:
             blocks = {name.rsplit(".", cut)[0] for name in layers for cut in range(name.count(".") + 1)}
             near = closest(pattern.removesuffix(".*"), blocks) or f" (there are {', '.join(sorted(blocks)[:5])}, ...)"
@@ -189,8 +207,20 @@ def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tu
         quant.to(device)
 
 
+def bits_by_name(name: str, bits: Mapping[str, int | tuple[int, int]], default: tuple[int, int]) -> tuple[int, int]:
+    """(weight bits, activation bits) of the layer ``name``; ``bits`` is as ``set_layer_bits`` takes it."""
+    for pattern, value in bits.items():
+        if _fits(name, pattern):
+            default = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    return default
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
 def _set_bits(layer: nn.Module, scheme: Scheme, weight_bits: int, act_bits: int) -> None:
-    if not isinstance(layer, QuantReLU):
+    if isinstance(layer, QuantConv2d | QuantLinear):
         layer.weight_quant = scheme.weight(layer.weight.shape[0], bits=weight_bits)
     if isinstance(layer, QuantReLU) or (isinstance(layer, QuantLinear) and not layer.float_input):
         layer.act_quant = scheme.activations.activation(act_bits)

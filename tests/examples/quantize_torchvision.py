@@ -12,7 +12,7 @@ from lifequant.qat.scales import Scales, param_groups
 
 MODELS = ["resnet18", "mobilenet_v2", "vgg11_bn", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0"]
 
-warnings.simplefilter("ignore")  # calibrate() says which inputs stay float; the table below has it, too
+warnings.simplefilter("ignore")  # calibrate() says what it could not reach; the table below has it, too
 torch.manual_seed(0)
 images, labels = torch.randn(4, 3, 64, 64), torch.randint(10, (4,))  # a batch of yours
 
