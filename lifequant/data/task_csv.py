@@ -190,8 +190,8 @@ def read_rows(path: Path) -> Rows:
             if len(line) < len(header) or any(line[len(header) :]):
                 raise _other_length(path, number, line, header)
             line = line[: len(header)]  # commas at the end
-        text = line[label] if _is_label(line[label]) else _label(line[label])
-        if not _is_label(text):
+        text = line[label]
+        if not _is_label(text) and not _is_label(text := _label(text)):
             shown = repr(short(line[label]))
             raise UserError(f"{path}, row {number}: the label {shown} is not a whole number of at least 0")
         if (value := int(text)) >= MOST_CLASSES:
