@@ -136,6 +136,19 @@ def test_importances_are_kept_for_old_rows(name):
     assert method.penalty(q).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_a_new_head_beside_the_old():
+    """Importances go by the parameters' names: those of a second head are 0, wherever it stands."""
+    q, method = network(), registry.method("ewc")(options.make(method="ewc"))
+    learn(q, method, method, task_of(0, 2), None)
+    old = by_name(method.importance, dict(protected(q)))
+    q[0].second = nn.Linear(144, 2)  # its parameters stand before those of the old head
+    method.begin_task(q, task_of(1, 4))
+    now = by_name(method.importance, dict(protected(q)))
+    assert list(now)[:3] == ["0.weight", "0.bias", "0.second.weight"] and len(now) == len(old) + 2
+    for name, values in now.items():
+        assert torch.equal(values, old.get(name, torch.zeros_like(values)))
+
+
 def by_name(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = vector.split([p.numel() for p in like.values()])
     return {name: part.view_as(p).clone() for (name, p), part in zip(like.items(), parts, strict=True)}
