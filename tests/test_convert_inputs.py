@@ -338,7 +338,7 @@ def test_shifted_windows_without_quantizers_are_torchvisions(kind):
 SMALL = {
     "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
     "shufflenet_v2_x0_5": torchvision.models.shufflenet_v2_x0_5,
-    "swin": partial(torchvision.models.SwinTransformer, [4, 4], 16, [2, 2], [2, 4], [4, 4]),
+    "swin": partial(torchvision.models.SwinTransformer, [4, 4], 16, [2], [2], [4, 4]),
     "vit": partial(torchvision.models.VisionTransformer, 32, 8, 2, 2, 16, 32),
 }
 
