@@ -286,8 +286,8 @@ def _share_scales(q: nn.Module) -> None:
     """Give all processes the scales of the first, which has other data than they have."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    for _, quant in fake_quants(q):
-        for value in (*quant.parameters(), *quant.buffers()):
+    for quant in (m for m in q.modules() if isinstance(m, FakeQuant | OpenInput)):
+        for value in (*quant.parameters(recurse=False), *quant.buffers(recurse=False)):
             dist.broadcast(value.data, 0)
 
 
