@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import copy
+import warnings
 
-from lifequant import quantize_model
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lifequant import calibrate, quantize_model
 
 
 class Net(nn.Module):
@@ -43,3 +48,31 @@ def types(model: nn.Module) -> list[type]:
 
 
 # Which layers
+
+
+class Values(TorchFunctionMode):
+    """Counts the distinct values of what convolutions and matrix products with weights take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.conv2d, F.conv_transpose2d, F.linear):
+            self.counts.append(len(args[0].unique()))
+        assert function is not F.multi_head_attention_forward
+        return function(*args, **(kwargs or {}))
+
+
+def counts(q: nn.Module, *given: Tensor) -> list[int]:
+    with Values() as values, torch.no_grad():
+        copy.deepcopy(q)(*given)
+    return values.counts
+
+
+def quantized(model: nn.Module, x: Tensor = X, **options) -> nn.Module:
+    q = quantize_model(model, **{"quantizer": "lsq", **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(q, x)
+    return q
