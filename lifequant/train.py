@@ -107,8 +107,6 @@ def train_task(run: Run, task: Task) -> None:
     while run.step < steps:
         run.timer.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
-        if index == 0:
-            run.epoch_sums.zero_()
         if index == 0 or batches is None:
             noise = generator(config.seed, "order", task.task_index, epoch)
             batches = task.epoch(epoch_order(task.labels[task.pool], task.counts, config.sampler, noise), size)
@@ -119,6 +117,8 @@ def train_task(run: Run, task: Task) -> None:
         with tf32(config.tf32 and run.device.type == "cuda"):
             sums = training_step(run, distributed.share(batch), factor)
         run.sums += sums
+        if index == 0:
+            run.epoch_sums.zero_()
         run.epoch_sums += sums  # in place: a CUDA graph takes ``sums`` back at its next step
         run.step += 1
         run.timer.step(size)

@@ -200,7 +200,7 @@ def test_evaluation_within_a_task_changes_nothing(more, tiny, tmp_path, monkeypa
     def watched(model, *given, **named):
         run = watching[-1]
         kinds.append(run.timer.kind)
-        evaluated.append(model is (run.ema.module if run.ema else run.model))
+        evaluated.append(model is (run.ema.model if run.ema else run.model))
         return original(model, *given, **named)
 
     original, add, watching = curves.evaluate, curves.evaluate_within, []
