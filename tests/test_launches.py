@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.launches import count_step
+from support.launches import CASES, SMALL, count_step
 from support.small_tasks import batch_of, losses, make, make_task, network
 from support.tiny import train
 
@@ -18,20 +18,8 @@ from lifequant.models.resnet import ResNet
 from lifequant.qat.oscillations import Oscillations
 from lifequant.training.compiling import keep_in_place
 
-SMALL = {"image_size": 8, "method": "ours"}
 
-
-@pytest.mark.parametrize(
-    ("most", "flags"),
-    [
-        (40, {}),
-        (40, {"loss": "class_balanced", "method": "derpp"}),
-        (60, {"method": "si"}),
-        (60, {"method": "rwalk"}),
-        (60, {"ema": 0.9, "penalty": "proxq_step"}),
-        (80, {"freeze_oscillating": 0.02}),
-    ],
-)
+@pytest.mark.parametrize(("most", "flags"), CASES)
 def test_launches(most, flags, tiny, tmp_path):
     """In a step of ResNet-20, its batch and its sums included."""
     counts = count_step(tiny, tmp_path / "run", **SMALL | flags)

@@ -91,10 +91,8 @@ class Run:
         ]
 
 
-ADDED = {
-    "optimizer": "sgd",
-    "tf32": True,
-}  # settings that came later: at these values a run keeps the key that it had before them
+# Settings that came later: at these values a run keeps the key that it had before them.
+ADDED = {"optimizer": "sgd", "tf32": True}
 
 
 def digest(value: Any) -> str:

@@ -17,9 +17,7 @@ class StoredLogits:
     def __init__(self) -> None:
         self.table: Tensor | None = None  # float16 [rows, C]
         self.held: Tensor | None = None  # bool [rows]
-        self.width: Tensor | None = (
-            None  # int64 [rows], classes that the head had for a row's logits; None: never grown
-        )
+        self.width: Tensor | None = None  # int64 [rows], classes of the head at a row's logits; None: never grown
         self.known = 0  # classes of the head in the task before, by which the present model was trained
 
     @torch.no_grad()

@@ -76,10 +76,10 @@ class Anchored(Penalty):
         estimate = self.estimate(model, task) if task.task_index > 0 else None
         with torch.no_grad():
             for name, (anchor, scale) in anchors.items():
-                if former.get(name) != anchor.shape:
+                if changed := former.get(name) != anchor.shape:
                     self._resize(name, anchor, scale)
                 self.importance[name].copy_(estimate[name]) if estimate else self.importance[name].zero_()
-                if former.get(name) != anchor.shape:
+                if changed:
                     self.importance[name].copy_(only_old(self.importance[name], former.get(name)))
                 self.anchor[name].copy_(anchor)
                 self.scale[name].copy_(scale)

@@ -37,13 +37,7 @@ KEEPING_MODULES = (
     nn.Dropout2d, nn.Flatten, nn.Identity, nn.ChannelShuffle, nn.PixelShuffle,
     nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
 )  # fmt: skip
-CALLED = (
-    nn.Conv2d,
-    nn.ConvTranspose2d,
-    nn.Linear,
-    nn.ReLU,
-    nn.ReLU6,
-)  # a trace looks into no such layer, nor into a subclass
+CALLED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.ReLU, nn.ReLU6)  # a trace looks into no such layer or subclass
 OURS = ("lifequant.qat.", "lifequant.quantizers.")  # nor into modules of these packages
 
 

@@ -77,10 +77,7 @@ def add_input_quantizers(
                 continue
             if bits == 32:
                 continue
-            key: object = (
-                name,
-                "query" if keyword == "query" else "input",
-            )  # of a memory, keys and values are one tensor
+            key: object = (name, keyword == "query")  # keys and values are of one tensor, the memory
             if found is not None:
                 key = (found.nodes or (name, keyword), found.signed, bits)  # the layers of one tensor
             if key not in shared:
@@ -91,12 +88,6 @@ def add_input_quantizers(
     for quant in shared.values():
         quant.to(device)
     return images
-
-
-def _is_self_attention(modules: dict[str, nn.Module], name: str) -> bool:
-    parent, _, last = name.rpartition(".")
-    layers = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
-    return last == "self_attn" and isinstance(modules[parent], layers)
 
 
 def _found(

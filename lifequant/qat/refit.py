@@ -23,7 +23,7 @@ LARGEST = 0.7  # and any that is larger than this
 @torch.no_grad()
 def relative_error(quant: FakeQuant, x: Tensor) -> float:
     """||Q(x) - x|| / ||x||; of an activation that is quantized before its ReLU, behind it. 0 where x is 0."""
-    x = x.double().float()
+    x = x.float()
     found = quant.forward(x)  # no hooks: one of them may be the caller
     error, size = found - x, x
     if quant.before_relu:

@@ -1,17 +1,24 @@
 """What a training step asks of a GPU outside of what torch.compile takes: its launches of kernels, by line of source.
+``python tests/support/launches.py`` prints them.
 
 They are counted on a pretended GPU. torch.compile is stood in for: what it is given runs uncounted, forward and backward, and
 costs one launch for each of both, and a copy for each tensor that it is handed as an argument (a CUDA graph reads
-its inputs at fixed places). What it takes from a closure must lie at a fixed place; tests/test_step.py has a test of that.
+its inputs at fixed places). What it takes from a closure must lie at a fixed place; tests/test_launches.py has a test of that.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as pytest does
 
 import torch
 from torch import Tensor
@@ -19,8 +26,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lifequant.data.task import Task
 from support import pretended_gpu as pretended
-from support.tiny import train
+from support.tiny import Tiny, train, write_csvs, write_images
 
+SMALL = {"image_size": 8, "method": "ours"}
+CASES: list[tuple[int, dict[str, Any]]] = [  # (launches of a step of ResNet-20 at most, flags)
+    (40, {}),
+    (40, {"loss": "class_balanced", "method": "derpp"}),
+    (60, {"method": "si"}),
+    (60, {"method": "rwalk"}),
+    (60, {"ema": 0.9, "penalty": "proxq_step"}),
+    (80, {"freeze_oscillating": 0.02}),
+]
 # Tensors that one launch of a multi-tensor kernel takes, by the number of its lists (torch's multi_tensor_apply).
 TENSORS = {1: 770, 2: 448, 3: 336, 4: 252, 5: 210}
 NO_KERNEL = {"empty", "detach", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense", "lift_fresh"}
@@ -110,3 +126,20 @@ def count_step(tiny: Any, job: Path, at: int = 3, **flags: Any) -> Counter[str]:
         train(tiny, job, device="cuda", compile="on", print_freq=1000, **flags)
     assert calls > at
     return counts
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as top:
+        images = write_images(Path(top) / "images")
+        csvs = write_csvs(images, Path(top) / "csvs")
+        for number, (most, flags) in enumerate(CASES):
+            with contextlib.redirect_stdout(io.StringIO()):
+                counts = count_step(Tiny(images, csvs, csvs), Path(top) / str(number), **SMALL | flags)
+            words = " ".join(f"--{name} {value}" for name, value in (SMALL | flags).items())
+            print(f"{sum(counts.values())} launches, at most {most}: {words}")
+            for place, count in counts.most_common():
+                print(f"{count:6}  {place}")
+
+
+if __name__ == "__main__":
+    main()
