@@ -13,11 +13,12 @@ from typing import Any
 
 _MODULE_OF = {
     "calibrate": "lifequant.qat.convert",
+    "export": "lifequant.exporting.api",
     "fold_batchnorm": "lifequant.qat.folding",
     "load": "lifequant.predict",
     "quantize_model": "lifequant.qat.convert",
 }
-__all__ = ["calibrate", "fold_batchnorm", "load", "quantize_model"]
+__all__ = ["calibrate", "export", "fold_batchnorm", "load", "quantize_model"]
 
 
 def __dir__() -> list[str]:

@@ -25,6 +25,7 @@ VERBS = {  # verb: (module and function, what it does)
     "tasks": ("lifequant.data.create.tasks:main_tasks", "write the task CSVs of a folder of images"),
     "replay": ("lifequant.data.create.replay:main_replay", "write the replay CSVs of task CSVs"),
     "counts": ("lifequant.data.create.class_counts:main_counts", "count the classes of each task"),
+    "export": ("lifequant.exporting.command:main", "write a network as ONNX on integer kernels, or packed"),
     "sweep": ("lifequant.experiments.sweep:main", "run a grid of runs, a few at a time"),
     "search": ("lifequant.experiments.search:main", "find settings on held-out training images"),
     "report": ("lifequant.experiments.report:main", "make tables and pictures of many runs"),

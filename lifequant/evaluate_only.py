@@ -42,10 +42,10 @@ def test(config: Config, notes: Sequence[str] = (), typed: Collection[str] | Non
     model = load(path).to(device)
     checkpoint.refuse_nonfinite(path, model)
     state = checkpoint.read(path, "model")
-    run = {**_settings_of_run(path), **state["config"], "image_size": state["preprocessing"]["image_size"]}
+    run = {**settings_of_run(path), **state["config"], "image_size": state["preprocessing"]["image_size"]}
     for line in _contradictions(config, run, typed):
         print(wrapped(line))
-    dataset = distributed.one_first(lambda: load_dataset(_with_data_of(config, run, typed, path), device, print))
+    dataset = distributed.one_first(lambda: load_dataset(with_data_of(config, run, typed, path), device, print))
     if len(model.class_names) != dataset.num_classes:
         raise UserError(
             f"{path}: it has {len(model.class_names)} classes, the data set has {dataset.num_classes}: name its task CSVs "
@@ -85,7 +85,7 @@ def _folder_of(path: Path) -> Path:
     return folder.parent if folder.name == "checkpoint" else folder
 
 
-def _settings_of_run(path: Path) -> dict[str, Any]:
+def settings_of_run(path: Path) -> dict[str, Any]:
     """config.json of the run that wrote the model; {} where there is none. Raises UserError."""
     file = _folder_of(path) / "config.json"
     try:
@@ -124,7 +124,7 @@ def _of_run(value: Any) -> str:
     return f"(its run: {'not given' if value is None else value})"
 
 
-def _with_data_of(config: Config, run: dict[str, Any], typed: Collection[str], path: Path) -> Config:
+def with_data_of(config: Config, run: dict[str, Any], typed: Collection[str], path: Path) -> Config:
     """``config`` with the run's data where nothing else was typed. Raises UserError."""
     names = [name for name in OF_DATA if name in run and (name not in typed or name == "image_size")]
     try:

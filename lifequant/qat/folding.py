@@ -146,3 +146,11 @@ def _fold(q: nn.Module, conv: str, norm: str) -> None:
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
     owner, _, attribute = norm.rpartition(".")
     setattr(q.get_submodule(owner), attribute, nn.Identity())
+
+
+def foldable(q: nn.Module) -> list[tuple[str, str]]:
+    """The pairs that ``fold_batchnorm(q)`` folds; none where torch.fx can't trace the model."""
+    try:
+        return _traced_pairs(q)
+    except UserError:
+        return []

@@ -1,0 +1,116 @@
+"""What ``lifequant export`` takes of a run: the network, also as it was after a task, and the images to check it with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lifequant
+from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.common.errors import UserError
+from lifequant.config import Config
+from lifequant.data.dataset import load_dataset
+from lifequant.data.decode import decode, is_image
+from lifequant.evaluate_only import settings_of_run, with_data_of
+from lifequant.predict import load
+
+CALIBRATION = 512  # training images
+RANDOM = 256  # images, where there are no others
+
+
+@dataclass
+class Trained:
+    """``folder`` is the run's, ``path`` the model's file; ``settings`` are the run's."""
+
+    model: nn.Module
+    path: Path
+    folder: Path
+    settings: dict[str, Any]
+    image_size: int
+    task: int | None
+
+    def facts(self) -> dict[str, object]:
+        """What the file says of the network."""
+        found = {
+            "class_names": self.model.class_names,
+            "lifequant": lifequant.__version__,
+            "image_size": self.image_size,
+            **{name: self.settings.get(name) for name in ("method", "quantizer", "bitW", "abitW", "target_model")},
+        }
+        try:
+            results = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+            done = len(results["top1"]) if self.task is None else self.task + 1
+            row = results["top1"][done - 1][:done]
+            found |= {"tasks": done, "accuracy": round(sum(row) / len(row), 2)}
+        except (OSError, ValueError, LookupError, TypeError):  # a model file has none beside it
+            pass
+        return found
+
+
+def load_trained(source: Path, task: int | None) -> Trained:
+    """``source`` is a job_dir or a model file. Raises UserError."""
+    path = checkpoint.find_model(source)
+    model = load(source)  # says what is wrong with it
+    folder = path.absolute().parent
+    folder = folder.parent if folder.name == "checkpoint" else folder
+    state = checkpoint.read(path, "model")
+    settings = {**settings_of_run(path), **state["config"]}
+    if task is not None:
+        file = run_folder.task_file(folder, task)
+        if not file.is_file():
+            kept = sorted(int(p.stem[4:]) for p in file.parent.glob("task*.pt") if p.stem[4:].isdigit())
+            raise UserError(
+                f"--task {task}: {file} is not there"
+                + (f" (there are tasks {', '.join(map(str, kept))})" if kept else " (--keep_checkpoints tasks keeps them)")
+            )
+        checkpoint.load_strictly(file, model, checkpoint.read(file, "run")["model"])
+    checkpoint.refuse_nonfinite(path, model)
+    return Trained(model, path, folder, settings, state["preprocessing"]["image_size"], task)
+
+
+@dataclass
+class Images:
+    """uint8 [N, 3, H, W]; ``name`` says which they are."""
+
+    name: str
+    test: Tensor
+    labels: np.ndarray | None
+    calibration: Tensor
+
+
+def images_of_run(trained: Trained, config: Config) -> Images:
+    """The test images of the run's tasks so far, and some training images. Raises UserError."""
+    data = load_dataset(with_data_of(config, trained.settings, (), trained.path), torch.device("cpu"), lambda _: None)
+    if len(trained.model.class_names) != data.num_classes:
+        raise UserError(f"{trained.path}: it has {len(trained.model.class_names)} classes, its data {data.num_classes}")
+    tasks = len(data.ids) if trained.task is None else trained.task + 1
+    test = torch.tensor(sorted(set().union(*data.test_rows[:tasks])))
+    train = torch.tensor(sorted(set().union(*data.new_rows[:tasks])))
+    train = train[torch.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).long()]
+    return Images("test images of the run", data.test.images[test], data.test.labels[test].numpy(), data.train.images[train])
+
+
+def images_of_folder(folder: Path, trained: Trained) -> Images:
+    """Images in class folders, or without classes; every second one is for calibration. Raises UserError."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and is_image(p)) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"--images {folder}: no image is there")
+    pixels = torch.stack([decode(file, trained.image_size)[0] for file in files])
+    names = trained.model.class_names
+    labels = np.array([names.index(p.parent.name) if p.parent.name in names else -1 for p in files])
+    known = bool((labels >= 0).all())
+    calibration = pixels[torch.linspace(0, len(pixels) - 1, min(CALIBRATION, len(pixels))).long()]
+    return Images(f"images in {folder}", pixels, labels if known else None, calibration)
+
+
+def random_images(trained: Trained) -> Images:
+    """Noise says little about accuracy; the integers are checked all the same."""
+    shape = (RANDOM, 3, trained.image_size, trained.image_size)
+    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Images("random images", pixels, None, pixels)
