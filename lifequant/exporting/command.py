@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from lifequant.exporting import run, trained
 from lifequant.exporting.parity import Parity, compare
 from lifequant.exporting.trained import Images, Trained
 
+if TYPE_CHECKING:
+    from lifequant.exporting.onnx_file import OnnxFile
+
 BATCH = 100
 
 
@@ -43,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     out = Path(args.out or source.folder / _file_name(args))
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: {'that is a folder' if out.is_dir() else 'its folder is not there'}: name a file")
-    images = _images(args, source)
+    images = images_of(args, source)
     return _packed(source, images, out) if args.format == "packed" else _onnx(args, source, images, out)
 
 
@@ -68,7 +72,8 @@ def _file_name(args: argparse.Namespace) -> str:
     return "_".join(["model", *kinds]) + ".onnx"
 
 
-def _images(args: argparse.Namespace, source: Trained) -> Images:
+def images_of(args: argparse.Namespace, source: Trained) -> Images:
+    """Those of ``--images``, or the run's, or random ones where these can't be had."""
     if args.images:
         return trained.images_of_folder(Path(args.images), source)
     try:
@@ -78,19 +83,23 @@ def _images(args: argparse.Namespace, source: Trained) -> Images:
         return trained.random_images(source)
 
 
-def _onnx(args: argparse.Namespace, source: Trained, images: Images, out: Path) -> int:
+def check_onnx(source: Trained, images: Images, form: str, weights: str) -> tuple[OnnxFile, Parity]:
+    """The network as an ONNX file, and how it compares on the images."""
     from lifequant.exporting.onnx_file import make_onnx
 
-    form, weights = args.integer or "fast", args.weights or "int8"
     calibration = [batch.numpy() for batch in images.calibration.split(BATCH)]
     made = make_onnx(source.model, images.test[:2], form, weights, calibration, source.facts(), from_bytes=True)
+    theirs = run.outputs(made.content, (batch.numpy() for batch in images.test.split(BATCH)))
+    return made, compare(np.concatenate(list(_logits(source.model, images.test))), theirs, images.labels)
+
+
+def _onnx(args: argparse.Namespace, source: Trained, images: Images, out: Path) -> int:
+    form, weights = args.integer or "fast", args.weights or "int8"
+    made, parity = check_onnx(source, images, form, weights)
     for note in made.notes:
         say(note)
     whole, in_float = run.convolutions(run.kernels(made.content))
     say(f"{form}, {weights}: onnxruntime computes {whole} convolutions in integers and {in_float} in float")
-    network = np.concatenate(list(_logits(source.model, images.test)))
-    theirs = run.outputs(made.content, (batch.numpy() for batch in images.test.split(BATCH)))
-    parity = compare(network, theirs, images.labels)
     return _decide(parity, parity.failure(form), images, out, made.content)
 
 

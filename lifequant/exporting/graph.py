@@ -42,18 +42,18 @@ class Graph:
         """The output of a new node, whose shape is that of its first input until shapes are inferred."""
         node = ir.node(op_type, inputs, attributes, domain=domain)
         self._count += 1
-        node.name = f"{op_type}_{self._count}"
+        node.name = f"{op_type}/{self._count}"
         out = node.outputs[0]
-        out.name = f"{op_type.lower()}_{self._count}"
+        out.name = f"{op_type.lower()}/{self._count}"
         out.dtype = dtype or inputs[0].dtype
-        out.shape = inputs[0].shape
+        out.shape = inputs[op_type == "Gather"].shape  # a table has another one than its index
         self.graph.insert_before(before, node)
         return out
 
     def constant(self, array: np.ndarray | ir.TensorProtocol, name: str = "constant") -> ir.Value:
         """A new initializer."""
         self._count += 1
-        tensor = ir.tensor(array, name=f"{name}_{self._count}")
+        tensor = ir.tensor(array, name=f"{name}/{self._count}")
         value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value

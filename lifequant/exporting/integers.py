@@ -111,12 +111,12 @@ def as_levels(steps: Steps) -> Levels:
 
 def integer_levels(levels: Levels) -> tuple[Tensor, float] | None:
     """(uint8 codes, scale) with values = scale * codes, exactly; None where they take more than 8 bits or a sign."""
-    gap = levels.values.diff().min()
-    for parts in (1, 2):
-        codes = levels.values / (gap / parts)
-        if (codes - codes.round()).abs().max() < CLOSE and 0 <= codes.round().min() and codes.round().max() <= 255:
-            top = codes.round()[-1]
-            return codes.round().to(torch.uint8), float(levels.values[-1] / top)
+    reach = float(levels.values[-1])
+    steps = reach / float(levels.values.diff().min())
+    for top in (round(steps), round(2 * steps)):  # the smallest distance, or half of it, is the scale
+        codes = levels.values * (top / reach)
+        if 0 < top <= 255 and codes.min() > -CLOSE / 10 and (codes - codes.round()).abs().max() < CLOSE / 10:
+            return codes.round().to(torch.uint8), reach / top
     return None
 
 

@@ -60,8 +60,7 @@ def make_onnx(
         def measure(names: list[str]) -> Mapping[str, tuple[float, float]]:
             probe = graph.copy()
             lower(probe)
-            values = {v.name: v for node in probe.graph for v in node.outputs}
-            probe.graph.outputs.extend(values[name] for name in names if not values[name].is_graph_output())
+            probe.graph.outputs.extend(v for node in probe.graph for v in node.outputs if v.name in names)
             return ranges(probe.bytes(), names, batches)
 
         make_fast(graph, measure)

@@ -80,12 +80,15 @@ def convolutions(counts: Counter[str]) -> tuple[int, int]:
 
 
 def ranges(model: bytes, names: list[str], batches: Iterable[np.ndarray]) -> Mapping[str, tuple[float, float]]:
-    """{output: (smallest, largest value)} over all batches."""
+    """{output, or the input: (smallest, largest value)} over all batches."""
     running = session(model)
     given = running.get_inputs()[0].name
     found = {name: (np.inf, -np.inf) for name in names}
+    asked = [name for name in names if name != given]
     for batch in batches:
-        for name, value in zip(names, running.run(names, {given: batch}), strict=True):
+        values = {given: batch, **dict(zip(asked, running.run(asked, {given: batch}) if asked else (), strict=True))}
+        for name in names:
+            value = values[name]
             low, high = found[name]
             found[name] = (min(low, float(value.min())), max(high, float(value.max())))
     return found
