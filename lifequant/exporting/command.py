@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     source = trained.load_trained(Path(args.run), args.task)
     out = Path(args.out or source.folder / _file_name(args))
     if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out {out}: {'that is a folder' if out.is_dir() else 'its folder is not there'}: name a file")
+        raise UserError(
+            f"--out {out}: {'that is a folder' if out.is_dir() else 'its folder is not there'}: name a file"
+        )
     images = images_of(args, source)
     return _packed(source, images, out) if args.format == "packed" else _onnx(args, source, images, out)
 
@@ -59,9 +61,13 @@ def _parser() -> argparse.ArgumentParser:
                         " exact: nothing is rounded that training did not round")  # fmt: skip
     parser.add_argument("--weights", choices=["int8", "int4"], help="how the ONNX file stores weights of 4 bits and less:"
                         " int8 (default) runs on integer kernels, int4 is small and runs in float")  # fmt: skip
-    parser.add_argument("--task", type=int_at_least(0), metavar="T", help="the network as it was after task T (default: the last)")
+    parser.add_argument(
+        "--task", type=int_at_least(0), metavar="T", help="the network as it was after task T (default: the last)"
+    )
     parser.add_argument("--out", metavar="FILE", help="default: model.onnx, or a name of its kind, in the run's folder")
-    parser.add_argument("--images", metavar="DIR", help="check with these images (in class folders, for accuracies), not the run's")
+    parser.add_argument(
+        "--images", metavar="DIR", help="check with these images (in class folders, for accuracies), not the run's"
+    )
     return parser
 
 

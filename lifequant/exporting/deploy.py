@@ -127,7 +127,11 @@ def deployed(q: nn.Module, fast: bool) -> tuple[nn.Module, list[str]]:
             if id(quant) not in replaced:
                 where = f"{name}.{attribute}".lstrip(".")
                 weight = weights.get(attribute)
-                made = _activation(quant, where, fast, notes) if weight is None else _weight(quant, weight, where, fast, notes)
+                made = (
+                    _activation(quant, where, fast, notes)
+                    if weight is None
+                    else _weight(quant, weight, where, fast, notes)
+                )
                 replaced[id(quant)] = made
             setattr(module, attribute, replaced[id(quant)])
     return q, notes
@@ -157,5 +161,7 @@ def _activation(quant: FakeQuant, where: str, fast: bool, notes: list[str]) -> n
     if fast:
         notes.append(f"{where}: its {len(found.values)} values are rounded to multiples of one step, 8 bits of them")
         return StoredLevels(found, *integers.on_grid(found))
-    notes.append(f"{where}: 8 bits do not hold its {len(found.values)} values: the layer computes in float with these values")
+    notes.append(
+        f"{where}: 8 bits do not hold its {len(found.values)} values: the layer computes in float with these values"
+    )
     return StoredLevels(found, torch.arange(len(found.values), dtype=torch.uint8), None)

@@ -41,7 +41,9 @@ def _convolution(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -
     bias = np.zeros(stored.shape[0]) if len(node.inputs) < 3 or node.inputs[2] is None else array(node.inputs[2])
     bias = bias.reshape(shape)
     if number(codes, "offset"):
-        bias = bias + number(codes, "offset") * scale.reshape(shape if scale.ndim else ()) * _reached(node, codes, stored)
+        bias = bias + number(codes, "offset") * scale.reshape(shape if scale.ndim else ()) * _reached(
+            node, codes, stored
+        )
     _finish(graph, node, sums, number(codes, "scale") * scale.reshape(shape if scale.ndim else ()), bias)
 
 
@@ -61,7 +63,9 @@ def _reached(node: ir.Node, codes: ir.Node, stored: np.ndarray) -> np.ndarray:
 def _product(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -> None:
     stored, scale = array(weight.inputs[0]), array(weight.inputs[1]).astype(np.float64)
     turned = node.op_type == "Gemm" and number(node, "transB")
-    if node.op_type == "Gemm" and (number(node, "transA") or number(node, "alpha", 1) != 1 or number(node, "beta", 1) != 1):
+    if node.op_type == "Gemm" and (
+        number(node, "transA") or number(node, "alpha", 1) != 1 or number(node, "beta", 1) != 1
+    ):
         return
     matrix = np.ascontiguousarray(stored.T) if turned else stored
     inputs = [codes.inputs[0], graph.constant(matrix, "codes"), graph.constant(np.uint8(number(codes, "zero")), "zero")]

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lifequant.exporting.deploy import DOMAIN
-from lifequant.exporting.graph import Graph, array, made_by, number, only_user, placeholder_of
+from lifequant.exporting.graph import Graph, array, number, only_user, placeholder_of
 
 Range = tuple[float, float]
 
@@ -69,7 +69,18 @@ def _quantize(graph: Graph, value: ir.Value, low: float, high: float) -> None:
     zero = round(-low / scale)
     users = list(value.uses())
     first = users[0].node if value.producer() is None else _next(value.producer())
-    codes = graph.add(first, "Quantize", [value], ir.DataType.UINT8, DOMAIN, scale=scale, offset=0.0, zero=zero, low=-zero, high=255 - zero)
+    codes = graph.add(
+        first,
+        "Quantize",
+        [value],
+        ir.DataType.UINT8,
+        DOMAIN,
+        scale=scale,
+        offset=0.0,
+        zero=zero,
+        low=-zero,
+        high=255 - zero,
+    )
     back = graph.add(first, "Dequantize", [codes], ir.DataType.FLOAT, DOMAIN, scale=scale, offset=0.0, zero=zero)
     for user in users:
         user.node.replace_input_with(user.idx, back)
@@ -93,11 +104,19 @@ def _store_bias(graph: Graph, node: ir.Node) -> None:
     stored, scale = array(weight.inputs[0]), array(weight.inputs[1]).astype(np.float64)
     room = int(np.log2(127 / max(int(np.abs(stored.astype(int)).max()), 1)))
     scale = np.broadcast_to(scale / 2**room, bias.shape)
-    least = np.abs(bias) / 2**30 / number(codes, "scale")  # a channel that is nearly all bias keeps it, and less of the rest
+    least = (
+        np.abs(bias) / 2**30 / number(codes, "scale")
+    )  # a channel that is nearly all bias keeps it, and less of the rest
     wider = np.maximum(scale, least)
     fitted = stored * (2**room * scale / wider).reshape(-1, *[1] * (stored.ndim - 1))
-    inputs = [graph.constant(np.rint(fitted).astype(np.int8), "codes"), graph.constant(wider.astype(np.float32), "scale")]
+    inputs = [
+        graph.constant(np.rint(fitted).astype(np.int8), "codes"),
+        graph.constant(wider.astype(np.float32), "scale"),
+    ]
     node.replace_input_with(1, graph.add(node, "Weight", inputs, ir.DataType.FLOAT, DOMAIN, axis=0))
     unit = wider * number(codes, "scale")
-    inputs = [graph.constant(np.rint(bias / unit).astype(np.int32), "bias"), graph.constant(unit.astype(np.float32), "scale")]
+    inputs = [
+        graph.constant(np.rint(bias / unit).astype(np.int32), "bias"),
+        graph.constant(unit.astype(np.float32), "scale"),
+    ]
     node.replace_input_with(2, graph.add(node, "DequantizeLinear", inputs, ir.DataType.FLOAT, axis=0))

@@ -116,14 +116,18 @@ def _hold_linear_weights(graph: Graph) -> None:
         turn = node.attributes["perm"].value
         codes = graph.constant(np.ascontiguousarray(array(weight.inputs[0]).transpose(turn)), "codes")
         axis = list(turn).index(int(number(weight, "axis")))
-        graph.replace(node, graph.add(node, "Weight", [codes, weight.inputs[1]], node.outputs[0].dtype, DOMAIN, axis=axis))
+        graph.replace(
+            node, graph.add(node, "Weight", [codes, weight.inputs[1]], node.outputs[0].dtype, DOMAIN, axis=axis)
+        )
 
 
 def _clamp_codes(graph: Graph) -> None:
     """A ReLU (or a clamp, as ReLU6) before a quantizer becomes its bounds: rounding is monotone, so nothing changes."""
     for node in graph.placeholders("Quantize"):
         while (before := made_by(node.inputs[0], "Relu", "Clip")) is not None:
-            bounds = [0.0, None] if before.op_type == "Relu" else [_scalar(v) for v in [*before.inputs[1:], None, None][:2]]
+            bounds = (
+                [0.0, None] if before.op_type == "Relu" else [_scalar(v) for v in [*before.inputs[1:], None, None][:2]]
+            )
             scale, offset = number(node, "scale"), number(node, "offset")
             low, high = int(number(node, "low")), int(number(node, "high"))
             least, most = (None if b is None else int(np.round((b - offset) / scale)) for b in bounds)
@@ -161,15 +165,19 @@ def _dequantize_late(graph: Graph) -> None:
     """Codes are moved, pooled and padded in place of the values, so that a convolution takes them as they are."""
     for node in graph.nodes(*MOVING):
         codes = placeholder_of(node.inputs[0], "Dequantize")
-        if codes is None or len(node.outputs) > 1 and node.outputs[1].uses():
+        if codes is None or (len(node.outputs) > 1 and node.outputs[1].uses()):
             continue
         inputs = [codes.inputs[0], *node.inputs[1:]]
         if node.op_type == "Pad":
             fill = _scalar(inputs[2]) if len(inputs) > 2 else 0.0
-            if node.attributes.get_string("mode", "constant") == "constant" and (fill != 0.0 or number(codes, "offset")):
+            if node.attributes.get_string("mode", "constant") == "constant" and (
+                fill != 0.0 or number(codes, "offset")
+            ):
                 continue
             inputs = [*inputs[:2], graph.constant(np.uint8(number(codes, "zero")), "zero"), *inputs[3:]]
-        moved = graph.add(node, node.op_type, inputs, ir.DataType.UINT8, **{a.name: a for a in node.attributes.values()})
+        moved = graph.add(
+            node, node.op_type, inputs, ir.DataType.UINT8, **{a.name: a for a in node.attributes.values()}
+        )
         moved.shape = node.outputs[0].shape
         kept = {a.name: a for a in codes.attributes.values()}
         graph.replace(node, graph.add(node, "Dequantize", [moved], ir.DataType.FLOAT, DOMAIN, **kept))

@@ -61,9 +61,9 @@ def _weight(graph: Graph, node: ir.Node, int4: bool) -> ir.Value:
     if scale.ndim:
         shape[axis] = -1
     offset = None
-    if int4 and not (-8 <= codes.min() and codes.max() <= 7) and (codes % 2 == 1).all() and -16 < codes.min():
+    if int4 and not (codes.min() >= -8 and codes.max() <= 7) and (codes % 2 == 1).all() and codes.min() > -16:
         codes, scale, offset = (codes - 1) // 2, 2 * scale, scale.reshape(shape)  # odd codes: 2 j + 1
-    if int4 and -8 <= codes.min() and codes.max() <= 7:
+    if int4 and codes.min() >= -8 and codes.max() <= 7:
         codes = codes.astype(ml_dtypes.int4)
     inputs = [graph.constant(codes, "codes"), _float(graph, scale, "scale")]
     value = graph.add(node, "DequantizeLinear", inputs, ir.DataType.FLOAT, axis=axis)

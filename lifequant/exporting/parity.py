@@ -23,7 +23,11 @@ class Parity:
     noise: float  # two standard deviations of ``lost``, if each changed prediction were as likely a gain
 
     def __str__(self) -> str:
-        tops = "" if self.accuracy is None else "top-1 {:.2f} % in the network and {:.2f} % in the file, ".format(*self.accuracy)
+        tops = (
+            ""
+            if self.accuracy is None
+            else "top-1 {:.2f} % in the network and {:.2f} % in the file, ".format(*self.accuracy)
+        )
         return f"{tops}{self.equal:.2f} % equal predictions, largest difference of logits {self.difference:.2g}"
 
     def failure(self, form: str) -> str:
@@ -47,4 +51,6 @@ def compare(network: np.ndarray, file: np.ndarray, labels: np.ndarray | None) ->
         right, still = ours == labels, theirs == labels
         accuracy = 100 * float(right.mean()), 100 * float(still.mean())
         lost, noise = accuracy[0] - accuracy[1], 200 * math.sqrt(int((right != still).sum())) / len(labels)
-    return Parity(len(ours), accuracy, 100 * float((ours == theirs).mean()), float(np.abs(network - file).max()), lost, noise)
+    return Parity(
+        len(ours), accuracy, 100 * float((ours == theirs).mean()), float(np.abs(network - file).max()), lost, noise
+    )

@@ -67,7 +67,11 @@ def load_trained(source: Path, task: int | None) -> Trained:
             kept = sorted(int(p.stem[4:]) for p in file.parent.glob("task*.pt") if p.stem[4:].isdigit())
             raise UserError(
                 f"--task {task}: {file} is not there"
-                + (f" (there are tasks {', '.join(map(str, kept))})" if kept else " (--keep_checkpoints tasks keeps them)")
+                + (
+                    f" (there are tasks {', '.join(map(str, kept))})"
+                    if kept
+                    else " (--keep_checkpoints tasks keeps them)"
+                )
             )
         checkpoint.load_strictly(file, model, checkpoint.read(file, "run")["model"])
     checkpoint.refuse_nonfinite(path, model)
@@ -93,7 +97,9 @@ def images_of_run(trained: Trained, config: Config) -> Images:
     test = torch.tensor(sorted(set().union(*data.test_rows[:tasks])))
     train = torch.tensor(sorted(set().union(*data.new_rows[:tasks])))
     train = train[torch.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).long()]
-    return Images("test images of the run", data.test.images[test], data.test.labels[test].numpy(), data.train.images[train])
+    return Images(
+        "test images of the run", data.test.images[test], data.test.labels[test].numpy(), data.train.images[train]
+    )
 
 
 def images_of_folder(folder: Path, trained: Trained) -> Images:
