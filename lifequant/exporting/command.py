@@ -2,7 +2,7 @@
 
 lifequant export experiment/ours                         # ONNX, 8-bit integer arithmetic throughout: the fastest
 lifequant export experiment/ours --integer exact         # ONNX, the predictions of the network
-lifequant export experiment/ours --weights int4          # ONNX, a small file
+lifequant export experiment/ours --weights int4          # ONNX, a small file that runs in float
 lifequant export experiment/ours --format packed         # safetensors, for lifequant.load and lifequant predict
 
 Both networks see the run's test images, and what differs is printed. A file that differs too much is not written (exit code 1):
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lifequant.exporting.onnx_file import OnnxFile
 
 BATCH = 100
+DEFAULT_FORM = {"int8": "fast", "int4": "exact"}  # INT4 weights run in float, where rounding more gains nothing
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,8 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a job_dir or a model file")
     parser.add_argument("--format", choices=["onnx", "packed"], default="onnx", help="onnx (default) or packed")
-    parser.add_argument("--integer", choices=["fast", "exact"], help="fast (default): what training left in float has 8 bits;"
-                        " exact: nothing is rounded that training did not round")  # fmt: skip
+    parser.add_argument(
+        "--integer",
+        choices=["fast", "exact"],
+        help="fast (default): what training left in float has 8 bits; exact (default of int4): nothing is rounded that "
+        "training did not round",
+    )
     parser.add_argument("--weights", choices=["int8", "int4"], help="how the ONNX file stores weights of 4 bits and less:"
                         " int8 (default) runs on integer kernels, int4 is small and runs in float")  # fmt: skip
     parser.add_argument(
@@ -74,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 def _file_name(args: argparse.Namespace) -> str:
     if args.format == "packed":
         return "model.safetensors"
-    kinds = [name for name in (args.integer, args.weights) if name not in (None, "fast", "int8")]
+    weights = args.weights or "int8"
+    form = args.integer or DEFAULT_FORM[weights]
+    kinds = [form] * (form != DEFAULT_FORM[weights]) + [weights] * (weights != "int8")
     return "_".join(["model", *kinds]) + ".onnx"
 
 
@@ -100,7 +107,8 @@ def check_onnx(source: Trained, images: Images, form: str, weights: str) -> tupl
 
 
 def _onnx(args: argparse.Namespace, source: Trained, images: Images, out: Path) -> int:
-    form, weights = args.integer or "fast", args.weights or "int8"
+    weights = args.weights or "int8"
+    form = args.integer or DEFAULT_FORM[weights]
     made, parity = check_onnx(source, images, form, weights)
     for note in made.notes:
         say(note)
