@@ -16,7 +16,8 @@ from lifequant.models.build import build
 
 
 def load(job_dir: str | Path) -> nn.Module:
-    """The model of a run, in eval mode, with ``class_names`` (list of str) and ``preprocess`` (image -> input).
+    """The model of a run, in eval mode, with ``class_names`` (list of str), ``image_size`` (pixels a side) and ``preprocess``
+    (image -> input).
 
     ``job_dir`` is a run's folder, a model_best.pt, or a packed model (FILE.safetensors). ``model.preprocess(image)`` takes a
     path or a PIL image and gives float32 [1, 3, size, size], as in training. Both raise UserError.
@@ -34,7 +35,7 @@ def load(job_dir: str | Path) -> nn.Module:
         pixels, _ = as_pixels(image, size) if isinstance(image, Image.Image) else decode(Path(image), size)
         return normalize(pixels[None])
 
-    model.class_names, model.preprocess = names, preprocess
+    model.class_names, model.image_size, model.preprocess = names, size, preprocess
     return model.eval()
 
 

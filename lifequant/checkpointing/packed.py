@@ -28,7 +28,8 @@ from lifequant.qat.layers import weight_layers
 from lifequant.qat.packing import PackedWeight, bits_and_first, pack_codes, unpack_codes
 from lifequant.quantizers.base import FakeQuant
 
-FORMAT = "1"
+MARK = "lifequant_packed"  # the name of the metadata, a JSON object
+FORMAT = 1
 REST = ".rest"  # no layer's name begins with a dot
 MOST_BYTES = 2**32  # of a file
 MOST_HEADER = 2**23  # bytes; 100,000 class names of 60 letters fit
@@ -61,19 +62,20 @@ def write_packed(path: Path, model: nn.Module, config: Config, class_names: Sequ
     rest, own = _others(model)
     tensors[REST] = torch.cat([value.detach().cpu().reshape(-1) for value in rest.values()])
     tensors |= {name: value.detach().cpu().contiguous() for name, value in own.items()}
-    metadata = {
-        "lifequant_packed": FORMAT,
-        "lifequant": lifequant.__version__,
-        "network": _json(_settings(config)),
-        "codes": _json(codes),
-        "class_names": _json(list(class_names)),
-        "image_size": str(config.image_size),
-        "mean": _json(MEAN),
-        "std": _json(STD),
-        "facts": _json({name: value for name, value in facts.items() if value is not None}),
+    content = {
+        "format": FORMAT,
+        "version": lifequant.__version__,
+        "network": _settings(config),
+        "codes": codes,
+        "class_names": list(class_names),
+        "image_size": config.image_size,
+        "mean": MEAN,
+        "std": STD,
+        "facts": {name: value for name, value in facts.items() if value is not None},
     }
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_bytes(path, library.save(tensors, metadata))
+    checkpoint.write_bytes(path, library.save(tensors, {MARK: text}))
 
 
 def load_packed(path: Path) -> Packed:
@@ -149,23 +151,22 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _metadata(path: Path, given: dict[str, str]) -> dict[str, Any]:
     """The metadata, read and checked as far as no network is needed. Raises UserError."""
-    if "lifequant_packed" not in given:
+    if MARK not in given:
+        raise UserError(f"{path}: not a packed model of LifeQuant's (its metadata have no {MARK}): use another file")
+    try:
+        found = json.loads(given[MARK])
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: its metadata {MARK} are no JSON object: the file is damaged")
+    if found.get("format") != FORMAT:
         raise UserError(
-            f"{path}: not a packed model of LifeQuant's (its metadata have no lifequant_packed): use another file"
+            f"{path}: another version of LifeQuant wrote it (format {short(found.get('format'))}, this one has {FORMAT}): "
+            "use that version, or write it anew"
         )
-    if given["lifequant_packed"] != FORMAT:
-        raise UserError(
-            f"{path}: another version of LifeQuant wrote it (format {short(given['lifequant_packed'])}, this one has "
-            f"{FORMAT}): use that version, or write it anew"
-        )
-    found = {}
     for name, kind in METADATA.items():
-        try:
-            found[name] = json.loads(given.get(name, ""))
-        except (ValueError, RecursionError):
-            found[name] = None
-        if not isinstance(found[name], kind):
-            raise UserError(f"{path}: its metadata's {name} is {short(given.get(name), 50)!r}: the file is damaged")
+        if not isinstance(found.get(name), kind):
+            raise UserError(f"{path}: its {name} in the metadata is {short(found.get(name))!r}: the file is damaged")
     if len(found["class_names"]) > MOST_CLASSES:
         raise UserError(f"{path}: {len(found['class_names'])} class names, more than {MOST_CLASSES}")
     if (found["mean"], found["std"]) != (list(MEAN), list(STD)):
@@ -231,7 +232,3 @@ def _safetensors() -> Any:
         return import_module("safetensors.torch")
     except ImportError:
         raise UserError('packed models need the package safetensors: pip install "lifequant[export]"') from None
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
