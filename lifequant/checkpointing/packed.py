@@ -47,17 +47,22 @@ class Packed(NamedTuple):
     facts: dict[str, Any]
 
 
+@torch.no_grad()
 def write_packed(path: Path, model: nn.Module, config: Config, class_names: Sequence[str], **facts: Any) -> None:
     """Write the network of ``config``, whole or not at all; ``facts`` are kept as JSON, without those that are None.
 
-    Raises UserError where safetensors is not installed, and for a weight that is not finite.
+    Raises UserError where safetensors is not installed, for a weight that is not finite, and for a quantizer whose values
+    its codes and its own entries do not say.
     """
     library = _safetensors()
     checkpoint.refuse_nonfinite(path, model)
     tensors, codes = {}, {}
     for name, layer in _quantized(model):
-        found = layer.weight_quant.codes(layer.weight)
-        codes[name] = bits, first = bits_and_first(layer.weight_quant, found)
+        quant, weight = layer.weight_quant, layer.weight
+        found = quant.codes(weight)
+        if not torch.equal(PackedWeight(quant, found, weight)(torch.zeros_like(weight)), quant(weight)):
+            raise UserError(f"{path}: {name} can't be packed, since its {type(quant).__name__} needs more than codes")
+        codes[name] = bits, first = bits_and_first(quant, found)
         tensors[name] = pack_codes(found, bits, first)
     rest, own = _others(model)
     tensors[REST] = torch.cat([value.detach().cpu().reshape(-1) for value in rest.values()])
@@ -83,6 +88,7 @@ def load_packed(path: Path) -> Packed:
     with _opened(path) as file:
         found = _metadata(path, file.metadata() or {})
         network = {"act_quantizer": found["network"].get("quantizer"), **found["network"]}
+        network.pop("seed", None)  # of weights that are replaced
         preprocessing = {"image_size": found["image_size"]}
         state = {**found, "config": network, "options": network, "preprocessing": preprocessing}
         config, names, size = checkpoint.network_of(state, path)
@@ -112,8 +118,7 @@ def _fill(path: Path, file: Any, model: nn.Module, codes: dict[str, Any]) -> Non
             values = unpack_codes(tensors[name], *codes[name], weight.numel())
             if not quant.exceeds_bits and values.numel() and values.max() > quant.qp:
                 raise UserError(f"{path}: {name} has the code {int(values.max())}, and {quant.kind}, end at {quant.qp}")
-            stored = torch.empty_like(weight, dtype=torch.int32 if quant.exceeds_bits else torch.int16)
-            layer.weight_quant = PackedWeight(quant, stored.copy_(values.view(weight.shape)))
+            layer.weight_quant = PackedWeight(quant, values, weight)
             weight.requires_grad_(False).copy_(layer.weight_quant(weight))
 
 
@@ -140,12 +145,12 @@ def _others(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that make the network, where they are not the defaults, and its quantizers' own flags."""
-    found = {name: getattr(config, name) for name in checkpoint.NETWORK if name != "image_size"}
+    found = {name: getattr(config, name) for name in checkpoint.NETWORK if name not in ("image_size", "seed")}
     same = {"act_quantizer": config.quantizer, "abitW": config.bitW}
     found = {n: v for n, v in found.items() if v not in (None, getattr(Config, n, None), same.get(n))}
     for name in {config.quantizer, config.act_quantizer or config.quantizer}:
         own = {flag: config.options.get(flag) for flag in registry.own_flags("quantizer", name)}
-        found |= {flag: value for flag, value in own.items() if value not in (None, False)}
+        found |= {flag: value for flag, value in own.items() if value is not None and value is not False}
     return found
 
 
@@ -195,15 +200,16 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with open_regular(path, MOST_BYTES) as file:
             header = int.from_bytes(file.read(8), "little")
-        if header > MOST_HEADER:
-            raise ValueError
-        opened = library.safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such model") from None
-    except (ValueError, library.SafetensorError):
-        raise UserError(f"{path}: not a safetensors file that can be read: it is damaged, or of another kind") from None
-    with opened as file:
-        yield file
+    except OSError as error:
+        raise UserError(f"{path}: this packed model can't be read ({error.strerror})") from None
+    try:
+        if header <= MOST_HEADER:
+            with library.safe_open(path, framework="pt") as file:
+                yield file
+            return
+    except library.SafetensorError:
+        pass
+    raise UserError(f"{path}: not a safetensors file that can be read: it is damaged, or of another kind")
 
 
 def _tensors(path: Path, file: Any, wanted: dict[str, tuple[torch.dtype, list[int]]]) -> dict[str, Tensor]:

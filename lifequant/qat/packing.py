@@ -71,8 +71,8 @@ class PackedWeight(FakeQuant):
     ``no_rounding``, ``calibrate`` and what ``quant.of_codes`` names change nothing.
     """
 
-    def __init__(self, quant: FakeQuant, codes: Tensor) -> None:
-        """``codes``: integers, with the shape and the strides of the weight."""
+    def __init__(self, quant: FakeQuant, codes: Tensor, weight: Tensor) -> None:
+        """``codes``: integers, as many as ``weight`` has values; they lie in memory as it does."""
         super().__init__(quant.bits, quant.qn, quant.qp)
         self.quant, self.exceeds_bits, self.linear, self.of_codes = (
             quant,
@@ -80,7 +80,8 @@ class PackedWeight(FakeQuant):
             quant.linear,
             quant.of_codes,
         )
-        self.register_buffer("stored", codes)
+        stored = torch.empty_like(weight, dtype=torch.int32 if quant.exceeds_bits else torch.int16, requires_grad=False)
+        self.register_buffer("stored", stored.copy_(codes.view(weight.shape)))
         self.calibrated = True
 
     def quantize(self, x: Tensor) -> Tensor:
