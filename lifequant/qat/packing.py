@@ -72,7 +72,8 @@ class PackedWeight(FakeQuant):
     """
 
     def __init__(self, quant: FakeQuant, codes: Tensor, weight: Tensor) -> None:
-        """``codes``: integers, as many as ``weight`` has values; they lie in memory as it does."""
+        """``codes``: integers, as many as ``weight`` has values. They lie in memory as it does, on which the result of a
+        convolution depends."""
         super().__init__(quant.bits, quant.qn, quant.qp)
         self.quant, self.exceeds_bits, self.linear, self.of_codes = (
             quant,
@@ -85,9 +86,7 @@ class PackedWeight(FakeQuant):
         self.calibrated = True
 
     def quantize(self, x: Tensor) -> Tensor:
-        values = self.dequantize(self.to_codes(x), x)
-        # A convolution's result depends on how its weight lies in memory, too: as the float weight's does.
-        return values if values.stride() == x.stride() else torch.empty_like(x).copy_(values)
+        return self.dequantize(self.to_codes(x), x)
 
     def codes(self, x: Tensor) -> Tensor:
         return self.stored
