@@ -26,7 +26,7 @@ def load(job_dir: str | Path) -> nn.Module:
     >>> model.class_names[model(model.preprocess("seven.png")).argmax()]  # doctest: +SKIP
     """
     path = Path(job_dir)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         model, names, size, _ = load_packed(path)
     else:
         model, names, size = _load_checkpoint(path)

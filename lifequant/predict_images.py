@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
             batch = files[start : start + args.batch_size]
             new = predict(classifier, batch, args.topk, unreadable)
             found += new
-            for prediction in () if target else new:
-                bar.write(line(prediction), file=sys.stdout)
+            if new and not target:
+                bar.write("\n".join(map(line, new)), file=sys.stdout)
             bar.update(len(batch))
     if not found:
         raise UserError(f"{unreadable[0]}: this image can't be read, and so are all {len(files)} images")

@@ -150,8 +150,8 @@ def test_read_by_numpy_alone(quantizer, tmp_path):
 
 
 def test_a_packed_network_is_a_module(tmp_path):
-    """It can be copied, pickled, saved, loaded, and packed again, to the same bytes."""
-    model, config = trained(tmp_path, quantizer="apot", bitW=4)
+    """It can be copied, pickled, saved, loaded, folded, and packed again, to the same bytes."""
+    model, config = trained(tmp_path, quantizer="proxq", bitW=4)
     path, again = tmp_path / "small.safetensors", tmp_path / "again.safetensors"
     write_packed(path, model, config, CLASSES)
     found, images = lifequant.load(path), torch.randn(2, 3, SIDE, SIDE)
@@ -165,6 +165,7 @@ def test_a_packed_network_is_a_module(tmp_path):
     other.load_state_dict(found.state_dict())
     for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found)), other):
         assert torch.equal(twin(images), model(images))
+    assert torch.equal(lifequant.fold_batchnorm(found)(images), lifequant.fold_batchnorm(model)(images))
 
 
 def test_attention_counts_as_packed():

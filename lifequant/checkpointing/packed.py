@@ -118,6 +118,7 @@ def _fill(path: Path, file: Any, model: nn.Module, codes: dict[str, Any]) -> Non
             values = unpack_codes(tensors[name], *codes[name], weight.numel())
             if not quant.exceeds_bits and values.numel() and values.max() > quant.qp:
                 raise UserError(f"{path}: {name} has the code {int(values.max())}, and {quant.kind}, end at {quant.qp}")
+            quant.calibrated = True
             layer.weight_quant = PackedWeight(quant, values, weight)
             weight.requires_grad_(False).copy_(layer.weight_quant(weight))
 

@@ -81,6 +81,7 @@ class PackedWeight(FakeQuant):
             quant.linear,
             quant.of_codes,
         )
+        self.channels = getattr(quant, "channels", None)
         stored = torch.empty_like(weight, dtype=torch.int32 if quant.exceeds_bits else torch.int16, requires_grad=False)
         self.register_buffer("stored", stored.copy_(codes.view(weight.shape)))
         self.calibrated = True
