@@ -18,7 +18,8 @@ import lifequant
 from lifequant import options, registry
 from lifequant.checkpointing import packed
 from lifequant.checkpointing.packed import load_packed, write_packed
-from lifequant.qat.layers import weight_layers
+from lifequant.models.resnet import ResNet
+from lifequant.qat.layers import Scheme, weight_layers
 from lifequant.qat.packing import pack_codes, packed_model_bytes, unpack_codes
 from lifequant.quantizers.apot import powers_of_two
 from lifequant.quantizers.base import FakeQuant
@@ -166,6 +167,30 @@ def test_a_packed_network_is_a_module(tmp_path):
     for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found)), other):
         assert torch.equal(twin(images), model(images))
     assert torch.equal(lifequant.fold_batchnorm(found)(images), lifequant.fold_batchnorm(model)(images))
+
+
+class Odd(ResNet):
+    """With buffers of other types that its logits depend on."""
+
+    def __init__(self, num_classes: int, scheme: Scheme, shortcut: str) -> None:
+        super().__init__(20, num_classes, scheme, shortcut)
+        self.register_buffer("order", torch.arange(num_classes))
+        self.register_buffer("gain", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[:, self.order] * self.gain
+
+
+def test_a_network_of_ones_own(tmp_path, monkeypatch):
+    """What is neither a code nor float32 keeps its type and its value."""
+    registry.names("model")
+    monkeypatch.setitem(registry._registered["model"], "odd", Odd)
+    model, config = trained(tmp_path, target_model="odd")
+    model.order.copy_(torch.tensor([3, 1, 0, 2, 5, 4]))
+    model.gain.fill_(1 / 3)
+    write_packed(tmp_path / "small.safetensors", model, config, CLASSES)
+    found, images = lifequant.load(tmp_path / "small.safetensors"), torch.randn(2, 3, SIDE, SIDE)
+    assert found.gain.dtype == torch.float64 and torch.equal(found(images), model(images))
 
 
 def test_attention_counts_as_packed():

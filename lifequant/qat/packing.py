@@ -75,13 +75,8 @@ class PackedWeight(FakeQuant):
         """``codes``: integers, as many as ``weight`` has values. They lie in memory as it does, on which the result of a
         convolution depends."""
         super().__init__(quant.bits, quant.qn, quant.qp)
-        self.quant, self.exceeds_bits, self.linear, self.of_codes = (
-            quant,
-            quant.exceeds_bits,
-            quant.linear,
-            quant.of_codes,
-        )
-        self.channels = getattr(quant, "channels", None)
+        self.quant, self.of_codes, self.channels = quant, quant.of_codes, getattr(quant, "channels", None)
+        self.exceeds_bits, self.linear = quant.exceeds_bits, quant.linear
         stored = torch.empty_like(weight, dtype=torch.int32 if quant.exceeds_bits else torch.int16, requires_grad=False)
         self.register_buffer("stored", stored.copy_(codes.view(weight.shape)))
         self.calibrated = True
