@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
                 bar.write("\n".join(map(line, new)), file=sys.stdout)
             bar.update(len(batch))
     if not found:
-        raise UserError(f"{unreadable[0]}: this image can't be read, and so are all {len(files)} images")
+        raise UserError(f"{unreadable[0]}: no image can be read (files: {len(files)})")
     if target:
         write_all({target: table(found)})
         print(f"{len(found)} images: {one_line(target)}")
