@@ -30,6 +30,7 @@ VERBS = {  # verb: (module and function, what it does)
     "search": ("lifequant.experiments.search:main", "find settings on held-out training images"),
     "report": ("lifequant.experiments.report:main", "make tables and pictures of many runs"),
     "compare": ("lifequant.experiments.compare:main", "compare a few runs"),
+    "predict": ("lifequant.predict_images:main", "print the classes that a trained model sees in images"),
     "cache": ("lifequant.data.cache_folder:main_cache", "list the decoded images on disk, or clear them"),
     "list": ("lifequant.__main__:list_names", "print methods, penalties, quantizers, models and presets"),
 }

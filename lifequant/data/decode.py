@@ -134,7 +134,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             pass
         case _:
             why = short(error) or type(error).__name__
-    return UserError(f"{path}: this image can't be read ({why}): replace it, or take its row out of the CSV")
+    return UserError(f"{path}: this image can't be read ({why}): replace it, or leave it out")
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class FakeQuant(nn.Module):
     exceeds_bits = False  # gives more than 2^bits values; every report says so
     linear = False  # x_q is step() times the code, bit for bit, whatever else x holds
     keeps_range = True  # x_q is near x, whatever mean and scale x has
+    of_codes: tuple[str, ...] = ()  # names of parameters that say which code x has, and not what a code stands for
     weight_decay = False  # whether the optimizer decays its parameters, as PACT's L2 on the clipping level does
     unlike: str | None = None  # the kind of a state that was not taken over, since it is of another
 

@@ -29,6 +29,7 @@ class ProxQWeight(FakeQuant):
 
     linear = True
     keeps_range = False
+    of_codes = ("c",)
 
     def __init__(self, bits: int, c: float | None = None, learn_c: bool = False, channels: int | None = None) -> None:
         qp = 2 ** (bits - 1) - 1
