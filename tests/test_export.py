@@ -199,8 +199,20 @@ def test_command_line(trained, capsys):
     assert float(facts["accuracy"]) == pytest.approx(results["top1"][0][0], abs=0.01)
     (given,) = file.graph.input
     assert given.name == "images" and given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [output.name for output in file.graph.output] == ["logits"]
     assert sorted(p.name for p in trained.iterdir()) == sorted([*before, "model_exact.onnx"])
     (trained / "model_exact.onnx").unlink()
+
+
+def test_packed_on_the_command_line(trained, capsys):
+    assert run_main(command.main, [str(trained), "--format", "packed"]) == 0
+    assert "100.00 % equal predictions, largest difference of logits 0" in capsys.readouterr().out
+    claimed = json.loads((trained / "results.json").read_text())["memory_bytes"]["packed_model"]
+    file = trained / "model.safetensors"
+    assert 1 <= file.stat().st_size / claimed < 1.05
+    assert run_main(command.main, [str(file), "--format", "packed"]) == 2
+    assert "is packed already" in capsys.readouterr().err
+    file.unlink()
 
 
 def test_no_file_where_predictions_differ(trained, capsys, monkeypatch):

@@ -69,7 +69,7 @@ def test_import_has_no_side_effect(tmp_path):
 
 def test_what_is_public(tmp_path):
     """``dir`` shows it and nothing else, also once modules are imported; each name is there; the version is the package's."""
-    assert dir(lifequant) == ["__version__", "calibrate", "fold_batchnorm", "load", "quantize_model"]
+    assert dir(lifequant) == ["__version__", "calibrate", "export", "fold_batchnorm", "load", "quantize_model"]
     assert all(callable(getattr(lifequant, name)) for name in lifequant.__all__)
     bare = run(["-m", "lifequant", "--version"], TOP)
     assert bare.stdout.startswith("lifequant ")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lifequant import options
 from lifequant.checkpointing import checkpoint
+from lifequant.checkpointing.packed import load_packed, write_packed
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.errors import UserError
 from lifequant.common.text import say
@@ -30,6 +32,7 @@ from lifequant.data.augment import normalize
 from lifequant.exporting import run, trained
 from lifequant.exporting.parity import Parity, compare
 from lifequant.exporting.trained import Images, Trained
+from lifequant.qat.packing import packed_model_bytes
 
 if TYPE_CHECKING:
     from lifequant.exporting.onnx_file import OnnxFile
@@ -118,7 +121,17 @@ def _onnx(args: argparse.Namespace, source: Trained, images: Images, out: Path) 
 
 
 def _packed(source: Trained, images: Images, out: Path) -> int:
-    raise NotImplementedError
+    if source.config is None:
+        raise UserError(f"{source.path} is packed already")
+    facts = {name: value for name, value in source.facts().items() if name in ("method", "tasks", "accuracy")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        write_packed(file, source.model, source.config, source.model.class_names, **facts)
+        loaded, content = load_packed(file).model.eval(), file.read_bytes()
+    network, theirs = (np.concatenate(list(_logits(model, images.test))) for model in (source.model, loaded))
+    failure = "" if np.array_equal(network, theirs) else "its logits are not those of the network"
+    say(f"the network takes {packed_model_bytes(source.model):,} bytes, the rest of the file is its description")
+    return _decide(compare(network, theirs, images.labels), failure, images, out, content)
 
 
 def _logits(model: torch.nn.Module, pixels: Tensor) -> Iterator[np.ndarray]:

@@ -67,6 +67,7 @@ def make_onnx(
     else:
         make_exact(graph, weights == "int8")
     lower(graph, int4=weights == "int4")
+    graph.graph.outputs[0].name = "logits"
     _describe(graph.model, facts)
     return OnnxFile(graph.bytes(), notes)
 

@@ -26,13 +26,13 @@ RANDOM = 256  # images, where there are no others
 
 @dataclass
 class Trained:
-    """``folder`` is the run's, ``path`` the model's file; ``settings`` are the run's."""
+    """``folder`` is the run's, ``path`` the model's file; ``settings`` are the run's; a packed file has no ``config``."""
 
     model: nn.Module
     path: Path
     folder: Path
     settings: dict[str, Any]
-    image_size: int
+    config: Config | None
     task: int | None
 
     def facts(self) -> dict[str, object]:
@@ -40,7 +40,7 @@ class Trained:
         found = {
             "class_names": self.model.class_names,
             "lifequant": lifequant.__version__,
-            "image_size": self.image_size,
+            "image_size": self.model.image_size,
             **{name: self.settings.get(name) for name in ("method", "quantizer", "bitW", "abitW", "target_model")},
         }
         try:
@@ -55,10 +55,15 @@ class Trained:
 
 def load_trained(source: Path, task: int | None) -> Trained:
     """``source`` is a job_dir or a model file. Raises UserError."""
-    path = checkpoint.find_model(source)
     model = load(source)  # says what is wrong with it
+    packed = source.suffix.lower() == ".safetensors"
+    path = source if packed else checkpoint.find_model(source)
     folder = path.absolute().parent
     folder = folder.parent if folder.name == "checkpoint" else folder
+    if packed:
+        if task is not None:
+            raise UserError(f"--task {task}: {path} holds one network: name the run's folder")
+        return Trained(model, path, folder, settings_of_run(path), None, None)
     state = checkpoint.read(path, "model")
     settings = {**settings_of_run(path), **state["config"]}
     if task is not None:
@@ -75,7 +80,7 @@ def load_trained(source: Path, task: int | None) -> Trained:
             )
         checkpoint.load_strictly(file, model, checkpoint.read(file, "run")["model"])
     checkpoint.refuse_nonfinite(path, model)
-    return Trained(model, path, folder, settings, state["preprocessing"]["image_size"], task)
+    return Trained(model, path, folder, settings, checkpoint.network_of(state, path)[0], task)
 
 
 @dataclass
@@ -107,7 +112,7 @@ def images_of_folder(folder: Path, trained: Trained) -> Images:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and is_image(p)) if folder.is_dir() else []
     if not files:
         raise UserError(f"--images {folder}: no image is there")
-    pixels = torch.stack([decode(file, trained.image_size)[0] for file in files])
+    pixels = torch.stack([decode(file, trained.model.image_size)[0] for file in files])
     names = trained.model.class_names
     labels = np.array([names.index(p.parent.name) if p.parent.name in names else -1 for p in files])
     known = bool((labels >= 0).all())
@@ -117,6 +122,6 @@ def images_of_folder(folder: Path, trained: Trained) -> Images:
 
 def random_images(trained: Trained) -> Images:
     """Noise says little about accuracy; the integers are checked all the same."""
-    shape = (RANDOM, 3, trained.image_size, trained.image_size)
+    shape = (RANDOM, 3, trained.model.image_size, trained.model.image_size)
     pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return Images("random images", pixels, None, pixels)
