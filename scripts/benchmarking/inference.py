@@ -196,20 +196,24 @@ def threads_said(count: int) -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The tables as Markdown: the files, and the speeds of each number of threads."""
+    """The tables as Markdown: the files, and the speeds with each number of threads."""
     lines = ["# Inference: images/s", "", report.heading(found["machine"], found["settings"]), ""]
     lines += ["| file | bytes | convolutions in integers | in float |", "|---|---:|---:|---:|"]
     for row, file in found["files"].items():
         lines.append(f"| {row} | {file['bytes']} | {file['integer_convolutions']} | {file['float_convolutions']} |")
-    for case in found["cases"]:
-        lines += ["", f"## {threads_said(case['threads'])}, batch {case['batch']}", ""]
-        lines += [f"| row | images/s (median) | least .. largest | of {BASE}, within rounds |", "|---|---:|---:|---:|"]
-        speeds = case["images_per_second"]
-        for row in sorted(speeds, key=speeds.get, reverse=True):
-            least, most = case["spread"][row]
-            share = "1" if row == BASE else "{:.2f} ({:.2f} .. {:.2f})".format(*case["ratios"][row])
-            lines.append(f"| {row} | {speeds[row]:.0f} | {least:.0f} .. {most:.0f} | {share} |")
-        lines += [f"| {row} | - | {why} | - |" for row, why in found["not_there"].items()]
+    lines += ["", f"Median images/s, and their ratio to {BASE}'s within rounds: median (least .. largest)."]
+    for threads in dict.fromkeys(case["threads"] for case in found["cases"]):
+        cases = [case for case in found["cases"] if case["threads"] == threads]
+        heads = [f"batch {case['batch']}: images/s | ratio" for case in cases]
+        lines += ["", f"## {threads_said(threads)}", "", f"| row | {' | '.join(heads)} |"]
+        lines.append("|---" + "|---:" * 2 * len(cases) + "|")
+        for row in cases[0]["ratios"]:
+            ratios = ["{:.2f} ({:.2f} .. {:.2f})".format(*case["ratios"][row]) for case in cases]
+            medians = [f"{case['images_per_second'][row]:.0f}" for case in cases]
+            cells = [f"{median} | {ratio}" for median, ratio in zip(medians, ratios, strict=True)]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    if found["not_there"]:
+        lines += ["", *(f"{row} is not there: {why}." for row, why in found["not_there"].items())]
     return "\n".join(lines) + "\n"
 
 
@@ -274,11 +278,12 @@ def picture(found: dict[str, Any], out: Path) -> None:
 
 def benchmark(rows: Sequence[str], args: Any) -> tuple[dict[str, Any], str]:
     """(the figures, the tables). Raises UserError where onnxruntime or another package of the export is missing."""
+    if args.device == "cuda":
+        raise UserError("--inference: it is measured on the CPU: leave --device out")
     run.needed("onnx", "onnxruntime", "onnxscript", "torch")
     import onnxruntime
 
-    if args.device == "cuda":
-        raise UserError("--inference: it is measured on the CPU: leave --device out")
+    args.device = "cpu"  # as the table says
     usual = QUICK if args.quick else USUAL
     cases = [(threads, batch) for threads in dict.fromkeys((1, cores())) for batch in BATCHES]
     passes, files, missing = build_all(list(dict.fromkeys([*rows, BASE])), args.model, cases)
