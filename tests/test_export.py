@@ -185,6 +185,8 @@ def test_signed_inputs_and_relu6(tmp_path):
     assert exact.parity.difference < 0.3 and exact.parity.equal > 95 and exact.integer_convolutions == 3
     fast = api.export(q, tmp_path / "q.onnx", x[:1], "fast", calibration=[x])
     assert (fast.integer_convolutions, fast.float_convolutions) == (4, 0) and fast.parity.equal > 80
+    kernels = run.kernels((tmp_path / "q.onnx").read_bytes())
+    assert kernels["QGemm"] == 1 and not kernels["Gemm"]
     for batch in (1, 3):  # n is free
         assert run.outputs((tmp_path / "q.onnx").read_bytes(), [x[:batch].numpy()]).shape == (batch, 5)
 

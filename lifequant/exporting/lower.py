@@ -72,6 +72,8 @@ def _weight(graph: Graph, node: ir.Node, int4: bool, in_float: bool) -> ir.Value
         value = graph.add(node, "Mul", [value, _float(graph, scale.reshape(shape if scale.ndim else ()), "scale")])
     else:
         inputs = [stored, _float(graph, scale, "scale")]
+        if scale.ndim and any(use.node.op_type == "Gemm" for use in node.outputs[0].uses()):
+            inputs.append(graph.constant(np.zeros(scale.shape, codes.dtype), "zero"))  # onnxruntime's QGemm wants it
         value = graph.add(node, "DequantizeLinear", inputs, ir.DataType.FLOAT, axis=axis)
     return value if offset is None else graph.add(node, "Add", [value, _float(graph, offset, "offset")])
 
