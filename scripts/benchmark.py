@@ -6,6 +6,8 @@ Every contender is a process of its own that builds itself, compiles, warms up a
 time, a round after another, each round beginning with another one: whatever slows the machine down slows all of them.
 Ratios are taken within a round. Images are random and in memory (published_scheme apart: files, as it would have them).
 
+--inference times other things: the files of ``lifequant export``, by batch size and threads (benchmarking/inference.py).
+
 Rows, chosen by --rows (shell patterns, separated by commas; all that end in _compiled also exist as _eager):
   float_eager, float_compiled   the network in float
   <quantizer>_compiled          the method original with that quantizer at 4 bits, 8 in the first and last layer
@@ -16,8 +18,6 @@ Rows, chosen by --rows (shell patterns, separated by commas; all that end in _co
                                 torchao has no row: its recipes quantize linear layers, not a convolution's weights
   published_scheme              rounding by an autograd.Function, the penalty a loop, .item() at every step, PIL files
 brevitas_compiled and torch_qat_compiled can be asked for. --quick has float_compiled, ours_compiled, published_scheme.
-
---inference times other things: the files of ``lifequant export``, by batch size and threads (benchmarking/inference.py).
 """
 
 from __future__ import annotations
