@@ -6,6 +6,8 @@ Every contender is a process of its own that builds itself, compiles, warms up a
 time, a round after another, each round beginning with another one: whatever slows the machine down slows all of them.
 Ratios are taken within a round. Images are random and in memory (published_scheme apart: files, as it would have them).
 
+--inference times other things: the files of ``lifequant export``, by batch size and threads (benchmarking/inference.py).
+
 Rows, chosen by --rows (shell patterns, separated by commas; all that end in _compiled also exist as _eager):
   float_eager, float_compiled   the network in float
   <quantizer>_compiled          the method original with that quantizer at 4 bits, 8 in the first and last layer
@@ -42,8 +44,10 @@ from lifequant.common.arguments import Parser, int_at_least, run_main
 from lifequant.common.errors import UserError, one_line
 
 WORKER = Path(contenders.__file__)
-QUICK = {"rows": ",".join(contenders.QUICK), "rounds": 3, "steps": 4}
-USUAL = {"rows": "", "rounds": 7, "steps": 10}
+BATCH = 128
+QUICK = {"rows": ",".join(contenders.QUICK), "rounds": 3, "steps": 4, "batch": BATCH}
+USUAL = {"rows": "", "rounds": 7, "steps": 10, "batch": BATCH}
+OF_TRAINING = ("batch", "steps", "growth")  # flags
 
 
 class Worker:
@@ -136,6 +140,10 @@ def write(found: dict[str, Any], text: str, args: Any) -> None:
 
         more, found["growth"] = growth.growth(args.model, args.device)
         text += ("\n" if found.get("rounds") else report.heading(found["machine"], {}) + "\n\n") + more
+    write_files(found, text, args)
+
+
+def write_files(found: dict[str, Any], text: str, args: Any) -> None:
     print(text, flush=True)
     if args.json:
         run_folder.write_json(Path(args.json), found)
@@ -163,6 +171,20 @@ def benchmark(args: Any) -> None:
         raise UserError(f"{len(failed)} of {len(rows)} contenders failed: {', '.join(failed)} (the table says how)")
 
 
+def benchmark_inference(args: Any) -> None:
+    from benchmarking import inference
+
+    if given := [f"--{name}" for name in OF_TRAINING if getattr(args, name)]:
+        raise UserError(f"--inference: {', '.join(given)} is of training: leave it out")
+    usual = inference.QUICK if args.quick else inference.USUAL
+    args.rounds = args.rounds or usual["rounds"]
+    rows = contenders.choose((args.rows or usual["rows"]).split(","), inference.ROWS)
+    found, text = inference.benchmark(rows, args)
+    write_files(found, text, args)
+    if args.picture:
+        inference.picture(found, Path(args.picture))
+
+
 def main(argv: Sequence[str]) -> None:
     first, rest = __doc__.split("\n", 1)
     parser = Parser(prog="benchmark.py", description=first, epilog=rest.split("\n\n")[-1])
@@ -170,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
         "--rows", help="rows to time, separated by commas; shell patterns (default: all but _eager ones)"
     )
     parser.add_argument("--quick", action="store_true", help=f"few rows and steps, under two minutes: {QUICK['rows']}")
-    parser.add_argument("--batch", type=int_at_least(8), default=128, help="images a step")
+    parser.add_argument("--batch", type=int_at_least(8), help=f"images a step (default: {BATCH})")
     parser.add_argument("--rounds", type=int_at_least(1), help=f"turns of each contender (default: {USUAL['rounds']})")
     parser.add_argument("--steps", type=int_at_least(1), help=f"steps of a turn (default: {USUAL['steps']})")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
@@ -181,13 +203,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--growth", action="store_true", help="how a step, memory and a task's end grow (with --rows besides)"
     )
+    parser.add_argument(
+        "--inference", action="store_true", help="images/s of the files of lifequant export, beside float ones"
+    )
     args = parser.parse_args(argv)
-    for name, value in (QUICK if args.quick else USUAL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     registry.model(args.model)  # a name that isn't known is said before anything starts
     if args.picture:
         report.check_picture(Path(args.picture))
+    if args.inference:
+        return benchmark_inference(args)
+    for name, value in (QUICK if args.quick else USUAL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.growth and not args.rows:  # alone; with --rows or --quick besides
         return write({"machine": report.machine(args)}, "", args)
     return benchmark(args)

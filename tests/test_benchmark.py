@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402
-from benchmarking import contenders, growth, peers, published, report  # noqa: E402
+from benchmarking import contenders, growth, inference, peers, published, report  # noqa: E402
 
 
 def test_one_command(tmp_path):
@@ -99,3 +99,80 @@ def test_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert peers.missing("brevitas_compiled") == "brevitas is not installed: pip install brevitas"
     assert peers.missing("float_eager") is None
+
+
+def test_inference(tmp_path, monkeypatch, capsys):
+    """The fast file beside the float one: speeds, ratios within rounds, the files' bytes, a picture."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is missing (extra export)")
+    pytest.importorskip("onnxscript", reason="onnxscript is missing (extra export)")
+    pytest.importorskip("matplotlib", reason="matplotlib is missing (extra plot)")
+    monkeypatch.setattr(inference, "BATCHES", (1, 2))
+    out, table, picture = tmp_path / "figures.json", tmp_path / "table.md", tmp_path / "ratios.png"
+    words = [
+        "--inference",
+        "--quick",
+        "--rows",
+        "fast",
+        "--json",
+        str(out),
+        "--out",
+        str(table),
+        "--picture",
+        str(picture),
+    ]
+    threads = torch.get_num_threads()
+    assert run_main(benchmark.main, words) == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    found, text = json.loads(out.read_text(encoding="utf-8")), table.read_text(encoding="utf-8")
+    counts = sorted({1, inference.cores()})
+    assert [(case["threads"], case["batch"]) for case in found["cases"]] == [(t, b) for t in counts for b in (1, 2)]
+    for case in found["cases"]:
+        fast, base = case["rounds"]["fast"], case["rounds"]["float_onnx"]
+        assert len(fast) == len(base) == 2 and min(*fast, *base) > 0
+        ratios = sorted(a / b for a, b in zip(fast, base, strict=True))
+        assert case["ratios"]["fast"] == pytest.approx([sum(ratios) / 2, *ratios])
+        assert case["ratios"]["float_onnx"] == [1, 1, 1]
+        assert (
+            "| {:.0f} | {:.2f} ({:.2f} .. {:.2f}) |".format(case["images_per_second"]["fast"], *case["ratios"]["fast"])
+            in text
+        )
+    files = found["files"]
+    assert files["fast"]["integer_convolutions"] == files["float_onnx"]["float_convolutions"] == 19
+    assert files["fast"]["float_convolutions"] == files["float_onnx"]["integer_convolutions"] == 0
+    assert (
+        2 * files["fast"]["bytes"] < files["float_onnx"]["bytes"]
+        and f"| fast | {files['fast']['bytes']} | 19 | 0 |" in text
+    )
+    assert found["machine"]["versions"]["onnxruntime"] == onnxruntime.__version__ and picture.stat().st_size > 0
+
+
+def test_a_turn_has_its_threads():
+    """torch computes a turn with the threads of its case, and with the former ones afterwards; a pass is a batch of images."""
+    seen, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        speed = inference.speed(lambda: seen.append(torch.get_num_threads()), (threads, 4), 0.0)
+        assert speed > 0 and seen == [threads] * 2  # one pass is not timed
+        seen.clear()
+    assert torch.get_num_threads() == before
+    found = inference.measure(
+        {"a": {(1, 4): lambda: seen.append("a")}, "b": {(1, 4): lambda: seen.append("b")}}, [(1, 4)], 2, 0.0
+    )
+    assert "".join(seen) == "aabbbbaa" and {len(values) for values in found[1, 4].values()} == {2}
+
+
+def test_inference_says_what_is_missing(monkeypatch, capsys):
+    """One line for a package, a flag of training, a row that isn't there."""
+    for words, said in (
+        (["--growth"], "--inference: --growth is of training"),
+        (["--device", "cuda"], "on the CPU"),
+        (["--rows", "fsat"], "did you mean 'fast'?"),
+    ):
+        assert run_main(benchmark.main, ["--inference", *words]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    pytest.importorskip("onnx", reason="onnx is missing (extra export)")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run_main(benchmark.main, ["--inference", "--quick"]) == 2
+    assert capsys.readouterr().err.endswith(
+        'needs onnxruntime, which is not installed: pip install "lifequant[export]"\n'
+    )

@@ -144,7 +144,20 @@ def test_every_quantizer_in_every_form(nine, tmp_path, integer, weights):
         assert made.float_convolutions == convolutions
         stored = [t.data_type for t in onnx.load(tmp_path / "q.onnx").graph.initializer]
         assert stored.count(onnx.TensorProto.INT4) == 2 * sum(n not in ("apot", "uniform") for n in QUANTIZERS)
+    if integer == "exact":
+        refuse_slow_weights(tmp_path / "q.onnx")
     assert onnx.checker.check_model(str(tmp_path / "q.onnx")) is None
+
+
+def refuse_slow_weights(path):
+    """onnxruntime has the weights of a float convolution as constants, and an integer one's are unsigned."""
+    run.session(path, 1, str(path.with_name("optimized.onnx")))
+    graph = onnx.load(path.with_name("optimized.onnx")).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if "Conv" in node.op_type:
+            kind = onnx.TensorProto.UINT8 if node.op_type == "ConvInteger" else onnx.TensorProto.FLOAT
+            assert types.get(node.input[1]) == kind, node
 
 
 def test_signed_inputs_and_relu6(tmp_path):
@@ -172,6 +185,8 @@ def test_signed_inputs_and_relu6(tmp_path):
     assert exact.parity.difference < 0.3 and exact.parity.equal > 95 and exact.integer_convolutions == 3
     fast = api.export(q, tmp_path / "q.onnx", x[:1], "fast", calibration=[x])
     assert (fast.integer_convolutions, fast.float_convolutions) == (4, 0) and fast.parity.equal > 80
+    kernels = run.kernels((tmp_path / "q.onnx").read_bytes())
+    assert kernels["QGemm"] == 1 and not kernels["Gemm"]
     for batch in (1, 3):  # n is free
         assert run.outputs((tmp_path / "q.onnx").read_bytes(), [x[:batch].numpy()]).shape == (batch, 5)
 

@@ -33,9 +33,11 @@ def make_exact(graph: Graph, integer: bool = True) -> None:
 def _convolution(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -> None:
     stored, scale = array(weight.inputs[0]), array(weight.inputs[1]).astype(np.float64)
     shape = (1, -1, *[1] * (stored.ndim - 2))
-    zero = graph.constant(np.uint8(number(codes, "zero")), "zero")
+    zeros = [graph.constant(np.uint8(value), "zero") for value in (number(codes, "zero"), 128)]
+    # onnxruntime's kernel for signed weights is several times as slow, and version 1.20 has none
+    unsigned = graph.constant((stored.astype(np.int16) + 128).astype(np.uint8), "codes")
     kept = {a.name: a for a in node.attributes.values()}
-    inputs = [codes.inputs[0], weight.inputs[0], zero]
+    inputs = [codes.inputs[0], unsigned, *zeros]
     sums = graph.add(node, "ConvInteger", inputs, ir.DataType.INT32, **kept)
     sums.shape = node.outputs[0].shape
     bias = np.zeros(stored.shape[0]) if len(node.inputs) < 3 or node.inputs[2] is None else array(node.inputs[2])

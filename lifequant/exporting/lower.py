@@ -9,14 +9,15 @@ import onnx_ir as ir
 from lifequant.exporting.graph import Graph, array, number, placeholder_of
 
 
-def lower(graph: Graph, int4: bool = False) -> None:
-    """In place. With ``int4``, weights that 4 bits hold are stored in INT4."""
+def lower(graph: Graph, int4: bool = False, in_float: bool = False) -> None:
+    """In place. With ``int4``, weights that 4 bits hold are stored in INT4. With ``in_float``, no layer that takes a weight
+    becomes one of integers, so onnxruntime may compute the weights' values once, when it loads the file."""
     for node in graph.placeholders("Levels"):
         graph.replace(node, _levels(graph, node))
     for node in graph.placeholders("Quantize"):
         graph.replace(node, _quantize(graph, node))
     for node in graph.placeholders("Weight"):
-        graph.replace(node, _weight(graph, node, int4))
+        graph.replace(node, _weight(graph, node, int4, in_float))
     for node in graph.placeholders("Dequantize"):
         graph.replace(node, _dequantize(graph, node))
     graph.clean()
@@ -54,7 +55,7 @@ def _dequantize(graph: Graph, node: ir.Node) -> ir.Value:
     return value
 
 
-def _weight(graph: Graph, node: ir.Node, int4: bool) -> ir.Value:
+def _weight(graph: Graph, node: ir.Node, int4: bool, in_float: bool) -> ir.Value:
     codes, scale = array(node.inputs[0]), array(node.inputs[1])
     shape = [1] * codes.ndim
     axis = int(number(node, "axis"))
@@ -65,9 +66,28 @@ def _weight(graph: Graph, node: ir.Node, int4: bool) -> ir.Value:
         codes, scale, offset = (codes - 1) // 2, 2 * scale, scale.reshape(shape)  # odd codes: 2 j + 1
     if int4 and codes.min() >= -8 and codes.max() <= 7:
         codes = codes.astype(ml_dtypes.int4)
-    inputs = [graph.constant(codes, "codes"), _float(graph, scale, "scale")]
-    value = graph.add(node, "DequantizeLinear", inputs, ir.DataType.FLOAT, axis=axis)
+    stored = graph.constant(codes, "codes")
+    if in_float:
+        value = graph.add(node, "Cast", [_int8(graph, node, stored)], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+        value = graph.add(node, "Mul", [value, _float(graph, scale.reshape(shape if scale.ndim else ()), "scale")])
+    else:
+        inputs = [stored, _float(graph, scale, "scale")]
+        if scale.ndim and any(use.node.op_type == "Gemm" for use in node.outputs[0].uses()):
+            inputs.append(graph.constant(np.zeros(scale.shape, codes.dtype), "zero"))  # onnxruntime's QGemm wants it
+        value = graph.add(node, "DequantizeLinear", inputs, ir.DataType.FLOAT, axis=axis)
     return value if offset is None else graph.add(node, "Add", [value, _float(graph, offset, "offset")])
+
+
+def _int8(graph: Graph, node: ir.Node, codes: ir.Value) -> ir.Value:
+    """Codes of 4 bits as 8 bits, in a way that every onnxruntime that knows INT4 computes when it loads the file: it leaves a
+    DequantizeLinear for the run, unless one node (here Floor, which changes no code) is between it and a QuantizeLinear.
+    """
+    if codes.dtype != ir.DataType.INT4:
+        return codes
+    one, zero = _float(graph, 1, "one"), graph.constant(np.int8(0), "zero")
+    value = graph.add(node, "DequantizeLinear", [codes, one], ir.DataType.FLOAT)
+    value = graph.add(node, "Floor", [value])
+    return graph.add(node, "QuantizeLinear", [value, one, zero], ir.DataType.INT8)
 
 
 def _levels(graph: Graph, node: ir.Node) -> ir.Value:

@@ -66,7 +66,7 @@ def make_onnx(
         make_fast(graph, measure)
     else:
         make_exact(graph, weights == "int8")
-    lower(graph, int4=weights == "int4")
+    lower(graph, int4=weights == "int4", in_float=integer == "exact")
     graph.graph.outputs[0].name = "logits"
     _describe(graph.model, facts)
     return OnnxFile(graph.bytes(), notes)

@@ -42,9 +42,9 @@ def known_rows() -> list[str]:
     return list(dict.fromkeys([*rows, *more, *(f"{peer}_compiled" for peer in PEERS)]))
 
 
-def choose(patterns: Sequence[str]) -> list[str]:
+def choose(patterns: Sequence[str], known: Sequence[str] | None = None) -> list[str]:
     """The rows that a shell pattern fits, each once, in the patterns' order. Raises UserError where one fits none."""
-    known, chosen = known_rows(), []
+    known, chosen = known or known_rows(), []
     for pattern in patterns:
         fitting = [row for row in known if fnmatchcase(row, pattern)]
         if not fitting:
