@@ -243,20 +243,6 @@ def calibrate_at_first_forward(q: nn.Module) -> None:
         q.register_forward_pre_hook(_calibrate_first, with_kwargs=True)
 
 
-def after_loading(q: nn.Module, _: Any = None) -> None:
-    """The hook after loading a state dict: warns where that is of other quantizers, whose scales were not taken over."""
-    calibrate_at_first_forward(q)
-    unlike = {name: quant for name, quant in fake_quants(q) if quant.unlike}
-    if unlike:
-        name, quant = next(iter(unlike.items()))
-        warnings.warn(
-            f"load_state_dict: {len(unlike)} quantizers of the state are of another kind than the model's ({name}: "
-            f"{quant.unlike}, here {quant.kind}): the weights are loaded, and the scales are set anew by lifequant.calibrate, or "
-            "by the first forward pass",
-            stacklevel=4,
-        )
-
-
 def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     """The forward pre-hook of a model whose scales are not set. It removes itself."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # where no flag on a device can be read

@@ -14,7 +14,7 @@ from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import FunctionCalls
 from lifequant.qat.input_observer import LayerInputs
 from lifequant.qat.layer_inputs import TAKING, describe_inputs
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU
+from lifequant.qat.layers import TORCH_LAYERS, QuantReLU, Weighted
 from lifequant.qat.refit import is_out_of_proportion
 from lifequant.quantizers.base import FakeQuant
 
@@ -76,9 +76,9 @@ def why_float(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> 
     ``owners`` is {id of a parameter: names of the modules that have it}.
     """
     kind = type(module).__name__
-    for base in (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6):
+    for base in (*TORCH_LAYERS, nn.ReLU, nn.ReLU6):
         if isinstance(module, base):
-            if is_parametrized(module) or (base in (nn.Conv2d, nn.Linear) and "weight" not in module._parameters):
+            if is_parametrized(module) or (base in TORCH_LAYERS and "weight" not in module._parameters):
                 return f"{base.__name__} whose weight is parametrized"  # weight_norm, spectral_norm, pruning
             if type(module) is not base:
                 return f"{kind}, a subclass of {base.__name__}"
@@ -98,7 +98,7 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls,
         found.left.setdefault(name, f"{type(q.get_submodule(name)).__name__}, calls ReLU as a function{times}")
     found.behind_functions = [n for n, m in q.named_modules() if n in calls.behind and _has_weights(m)]
     for name, module in q.named_modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
+        if isinstance(module, Weighted):
             quant, quantity = module.weight_quant, "weights"
         elif isinstance(module, QuantReLU):
             quant, quantity = module.act_quant, "outputs"
@@ -116,7 +116,7 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls,
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return isinstance(module, QuantConv2d | QuantLinear)
+    return isinstance(module, Weighted)
 
 
 def _takes(module: nn.Module) -> bool:
@@ -131,7 +131,7 @@ def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
     callers = list(dict.fromkeys(report.left[name].split(",")[0] for name in calls.callers))
     warnings.warn(
         f"quantize_model: ReLU is called as a function (F.relu, torch.relu or x.relu()) in {_shortened(callers)}, where no "
-        f"quantizer can be put: the inputs of {len(report.behind_functions)} of {sum(map(_has_weights, q.modules()))} Conv2d and Linear layers stay float "
+        f"quantizer can be put: the inputs of {len(report.behind_functions)} of {sum(map(_has_weights, q.modules()))} layers with weights stay float "
         f"({_shortened(report.behind_functions)}). Make an nn.ReLU() in __init__ for each place, call it there, and quantize "
         "again",
         stacklevel=3,

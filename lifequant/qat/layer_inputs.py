@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import Trace, is_shifted_windows
 from lifequant.qat.convert_inputs import Input, Inputs
-from lifequant.qat.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantReLU, Scheme, bits_by_name
+from lifequant.qat.layers import QuantReLU, Scheme, Weighted, bits_by_name
 from lifequant.quantizers.base import FakeQuant
 from lifequant.quantizers.inputs import input_quantizer
 
@@ -35,7 +35,7 @@ class OpenInput(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-TAKING = QuantConv2d | QuantLinear | QuantConvTranspose2d | QuantMultiheadAttention
+TAKING = Weighted | QuantMultiheadAttention
 
 
 def places(module: nn.Module) -> list[tuple[str, int, str]]:
