@@ -27,12 +27,12 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
     """
 
     @classmethod
-    def convert_(cls, attention: nn.MultiheadAttention, weight_quant: Callable[[int], nn.Module]) -> None:
-        """Make one of ``attention``, in place; ``weight_quant`` makes a quantizer of a weight with so many outputs."""
+    def convert_(cls, attention: nn.MultiheadAttention, weight_quant: Callable[[str, Tensor], nn.Module]) -> None:
+        """Make one of ``attention``, in place; ``weight_quant`` makes the quantizer of a weight, given its name and itself."""
         attention.__class__ = cls
         for name, quant in PROJECTIONS.items():
             if (weight := getattr(attention, name)) is not None:
-                setattr(attention, quant, weight_quant(weight.shape[0]))
+                setattr(attention, quant, weight_quant(name, weight))
         attention.act_quant, attention.key_quant, attention.value_quant = (nn.Identity() for _ in range(3))
 
     def projections(self) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
@@ -24,7 +24,7 @@ from lifequant.qat.convert_attention import convert_attention
 from lifequant.qat.convert_calibration import calibrate, calibrate_at_first_forward
 from lifequant.qat.convert_functions import FunctionCalls, find_function_calls, try_trace
 from lifequant.qat.convert_loading import after_loading
-from lifequant.qat.convert_report import describe, warn_of_functions, why_float
+from lifequant.qat.convert_report import describe, warn_of_functions, why_float, why_no_scale
 from lifequant.qat.copying import copied
 from lifequant.qat.layer_inputs import add_input_quantizers
 from lifequant.qat.layers import (
@@ -125,15 +125,6 @@ def quantize_model(
     return q
 
 
-def _why_no_scale(weight: Tensor, per_channel: bool) -> str:
-    """Why no scale suits a weight; empty if one does."""
-    if weight.is_meta or not weight.numel():
-        return ""
-    if per_channel and weight[0].numel() == 1:
-        return "one weight for each scale"
-    return "its weights are all alike" if bool((weight == weight.flatten()[0]).all()) else ""
-
-
 def _family(quantizer: str | Quantizer) -> Quantizer:
     return registry.quantizer(quantizer) if isinstance(quantizer, str) else quantizer
 
@@ -169,7 +160,7 @@ def _convert_layers(
             continue
         if isinstance(module, TORCH_LAYERS):
             layer_type = QUANTIZED[type(module)]
-            no_scale = _why_no_scale(module.weight, scheme.per_channel and layer_type is not QuantConvTranspose2d)
+            no_scale = why_no_scale(module.weight, scheme.per_channel and layer_type is not QuantConvTranspose2d)
             bits = 32 if no_scale else None
             layer_type.convert_(module, scheme.weight_of(module, name in first_last, bits))
             if no_scale:

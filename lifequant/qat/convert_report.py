@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lifequant.common.text import wrapped
@@ -90,6 +90,15 @@ def why_float(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> 
     return f"{kind}, an activation" if type(module).__module__ == "torch.nn.modules.activation" else ""
 
 
+def why_no_scale(weight: Tensor, per_channel: bool) -> str:
+    """Why no scale suits a weight; empty if one does."""
+    if weight.is_meta or not weight.numel():
+        return ""
+    if per_channel and weight[0].numel() == 1:
+        return "one weight for each scale"
+    return "its weights are all alike" if bool((weight == weight.flatten()[0]).all()) else ""
+
+
 def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls, images: list[str]) -> Quantization:
     """The report of a quantized model; ``stays_float`` is {module: reason}."""
     found = Quantization({}, dict(stays_float), inputs=describe_inputs(q), images=images)
@@ -103,7 +112,8 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls,
         elif isinstance(module, QuantReLU):
             quant, quantity = module.act_quant, "outputs"
         elif isinstance(module, QuantMultiheadAttention):
-            quant, quantity = next(module.projections())[0], "weights"
+            quants = [quant for quant, _ in module.projections()]
+            quant, quantity = next((quant for quant in quants if isinstance(quant, FakeQuant)), quants[0]), "weights"
         else:
             continue
         kind = type(module).__name__.removeprefix("Quant") + ("6" if getattr(module, "bound", None) else "")
