@@ -23,11 +23,10 @@ REGULARIZERS = [name for name in METHODS if registry.method(name).regularizer an
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* input that no quantizer gave")
 
 
-def network() -> nn.Module:
+def network(quantizer: str = "lsq", per_channel: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    q = quantize_model(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)), "lsq"
-    )
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+    q = quantize_model(nn.Sequential(*layers), quantizer, per_channel=per_channel)
     calibrate(q, torch.randn(8, 3, 8, 8))
     return q
 
@@ -78,16 +77,16 @@ def learn(q: nn.Module, method, guard, task: Task, teacher: nn.Module | None) ->
         callback.end_task(q, task)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("head", ["float", "quantized", "per_channel"])
 @pytest.mark.parametrize("name", [*METHODS, *PENALTIES])
-def test_a_loop_of_three_heads(name, quantized):
+def test_a_loop_of_three_heads(name, head):
     """Every method and every penalty goes through 2, 4, 4 and 6 classes, its state read from a file in between."""
     settings = {"method": name} if name in METHODS else {"method": "ours", "penalty": name}
     config = options.make(**settings)
-    q, teacher, kept = network(), None, None
+    q, teacher, kept = network(per_channel=head == "per_channel"), None, None
     for t, classes in enumerate((2, 4, 4, 6)):
         if len(q[-1].weight) < classes:
-            grow(q, classes, quantized)
+            grow(q, classes, quantized=head != "float")
         method = registry.method(config.method)(config)
         guard = registry.penalty(config.penalty)(config) if config.penalty != "none" else method
         if kept:
@@ -101,10 +100,11 @@ def test_a_loop_of_three_heads(name, quantized):
         teacher = copy.deepcopy(q).eval()
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("name", REGULARIZERS)
-def test_importances_are_kept_for_old_rows(name):
+def test_importances_are_kept_for_old_rows(name, per_channel):
     """Old entries have their importance and anchor, new ones importance 0: they move free, and old ones as dear as before."""
-    q, method = network(), registry.method(name)(options.make(method=name))
+    q, method = network(per_channel=per_channel), registry.method(name)(options.make(method=name))
     learn(q, method, method, task_of(0, 2), None)
     former = {n: p.detach().clone() for n, p in protected(q).items()}
     importance, anchor = (by_name(v, former) for v in (method.importance, method.anchor))
@@ -112,7 +112,7 @@ def test_importances_are_kept_for_old_rows(name):
     same = method.importance
     method.begin_task(q, task_of(0, 2))
     assert method.importance is same  # nothing is allocated anew while nothing grows
-    grow(q, 5)
+    grow(q, 5, quantized=per_channel)
     with pytest.raises(UserError, match="grow before begin_task"):
         method.penalty(q)
     method.begin_task(q, task_of(1, 5))

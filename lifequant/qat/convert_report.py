@@ -148,6 +148,17 @@ def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
     )
 
 
+def _replaced(q: nn.Module, report: Quantization) -> list[str]:
+    """Quantized layers that others, in float, have taken the place of; the report has these as such from now on."""
+    modules = dict(q.named_modules())
+    found = [name for name in report.swapped if not isinstance(modules.get(name), TAKING | QuantReLU)]
+    for name in found:
+        del report.swapped[name]
+        if name in modules:
+            report.left[name] = f"{type(modules[name]).__name__}, put in place after quantize_model"
+    return [name for name in found if name in modules]
+
+
 def add_findings(
     q: nn.Module,
     layers: list[str],
@@ -161,6 +172,7 @@ def add_findings(
     former = report.float_inputs, report.unreached, report.inaccurate
     report.errors = {name: error for name, (_, error) in errors.items()}
     report.inaccurate = [name for name in errors if is_out_of_proportion(*errors[name])]
+    replaced = _replaced(q, report)
     report.inputs = describe_inputs(q)
     report.images = [name for name in layers if name in inputs.images.union(report.images)]
     report.float_inputs = [name for name in layers if name in inputs.floats]
@@ -170,6 +182,8 @@ def add_findings(
     if rest := [name for name in report.float_inputs if name not in report.images]:
         of = f"{len(rest)} of {sum(map(_takes, q.modules()))}"
         lines.append(f"{of} layers have an input that no quantizer gave: {_shortened(rest)}")
+    if replaced:
+        lines.append(f"{len(replaced)} layers were put in place after quantize_model, in float: {_shortened(replaced)}")
     if report.unreached:
         lines.append(f"{len(report.unreached)} layers were not reached: {_shortened(report.unreached)}")
     if report.inaccurate:
@@ -179,5 +193,5 @@ def add_findings(
             f"(relative error {report.errors[worst]:.2f}): per_channel=True, more bits for them (layer_bits) or another "
             "quantizer may help"
         )
-    if lines and former != (report.float_inputs, report.unreached, report.inaccurate):
+    if replaced or (lines and former != (report.float_inputs, report.unreached, report.inaccurate)):
         warnings.warn("calibrate: " + "; ".join(lines) + " (q.quantization lists all)", stacklevel=5)

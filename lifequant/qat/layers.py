@@ -18,21 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError, closest
+from lifequant.qat.growing import grow
 from lifequant.quantizers.base import BIT_WIDTHS, FakeQuant, Quantizer
 
 
-class _OwnFolding(nn.Module):
-    """A layer that torch's ``fuse_conv_bn_eval`` and ``fuse_linear_bn_eval`` must not fold: they set its weight."""
+class _OwnWeight(nn.Module):
+    """A layer whose weight may be set to one with more outputs, and then its quantizer grows (qat/growing.py).
+
+    torch's ``fuse_conv_bn_eval`` and ``fuse_linear_bn_eval`` must not fold it: they set its weight.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion":
             raise UserError(
                 f"torch's folding of BatchNorm changes the codes of a {type(self).__name__}: use lifequant.fold_batchnorm(q)"
             )
+        if name == "weight" and isinstance(value, Tensor):
+            grow(getattr(self, "weight_quant", None), value)
         super().__setattr__(name, value)
 
 
-class QuantConv2d(_OwnFolding, nn.Conv2d):
+class QuantConv2d(_OwnWeight, nn.Conv2d):
     """nn.Conv2d whose weight passes a fake-quantizer, and so does its input where it has an ``act_quant``.
 
     The constructor makes no bias; a converted layer keeps its bias in float.
@@ -54,7 +60,7 @@ class QuantConv2d(_OwnFolding, nn.Conv2d):
         return self._conv_forward(input, self.weight_quant(self.weight), self.bias)
 
 
-class QuantConvTranspose2d(_OwnFolding, nn.ConvTranspose2d):
+class QuantConvTranspose2d(_OwnWeight, nn.ConvTranspose2d):
     """nn.ConvTranspose2d whose weight passes a fake-quantizer, and so does its input where it has an ``act_quant``.
 
     The weight is [in, out / groups, height, width]: its quantizer has one scale, for the first dimension is not the output's.
@@ -76,7 +82,7 @@ class QuantConvTranspose2d(_OwnFolding, nn.ConvTranspose2d):
         )
 
 
-class QuantLinear(_OwnFolding, nn.Linear):
+class QuantLinear(_OwnWeight, nn.Linear):
     """nn.Linear whose weight and input pass fake-quantizers; the bias stays in float."""
 
     float_input = False  # turned from torch's: qat/layer_inputs.py decides on its input
