@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,14 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
             if (weight := getattr(attention, name)) is not None:
                 setattr(attention, quant, weight_quant(name, weight))
         attention.act_quant, attention.key_quant, attention.value_quant = (nn.Identity() for _ in range(3))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A former version had quantizers of keys and values in self-attention, too, which it never used."""
+        for name in ("key_quant", "value_quant"):
+            if type(getattr(self, name)) is nn.Identity:
+                for key in [key for key in state_dict if key.startswith(f"{prefix}{name}.")]:
+                    del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def projections(self) -> Iterator[tuple[nn.Module, Tensor]]:
         """(quantizer, weight) of the projections of query, key and value: one, or one for each."""

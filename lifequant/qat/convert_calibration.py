@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lifequant.common.errors import UserError
 from lifequant.qat.attention import attention_weights
 from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations, is_empty
+from lifequant.qat.convert_inputs import WEIGHTED
 from lifequant.qat.convert_report import Quantization, add_findings
 from lifequant.qat.input_observer import LayerInputs, sample_with_extremes
 from lifequant.qat.layer_inputs import TAKING, OpenInput
@@ -201,6 +202,8 @@ class _Observer:
                 handles.append(
                     module.register_forward_hook(lambda m, args, out, name=name: self.see_output(name, m, out))
                 )
+            elif isinstance(module, WEIGHTED):  # stays float, as nn.Embedding
+                handles.append(module.register_forward_hook(lambda *_, name=name: self.layer_inputs.begin_with(name)))
         return handles
 
     def begin_pass(self, args: tuple, kwargs: dict) -> None:

@@ -84,6 +84,8 @@ def why_float(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> 
                 return f"{kind}, a subclass of {base.__name__}"
             others = [o for p in module.parameters(recurse=False) for o in owners[id(p)] if o != name]
             return f"{kind} that shares its weight with {others[0]!r}" if others else ""
+    if is_parametrized(module):
+        return f"{kind.removeprefix('Parametrized')} whose {', '.join(module.parametrizations)} is parametrized"
     matrices = [parameter for parameter, p in module._parameters.items() if p is not None and p.dim() > 1]
     if matrices and not isinstance(module, ParametrizationList):
         return f"{kind}, its {', '.join(matrices[:2])}"

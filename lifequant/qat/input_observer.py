@@ -22,7 +22,7 @@ class LayerInputs:
         self.floats: set[str] = set()  # layers with an input that no quantizer gave
         self.images: set[str] = set()  # of these, layers that take what the model is given
         self.opened: set[OpenInput] = set()
-        self.first: str | None = None  # the first layer that ran; what it takes stays float
+        self.first: str | None = None  # the first layer that ran, of whatever kind; what it takes stays float
         self.outputs: dict[str, Tensor] = {}  # values that each ReLU's quantizer gave in this pass, sorted
         self.model_inputs: set[int] = set()  # data pointers
 
@@ -51,9 +51,13 @@ class LayerInputs:
             former = self.outputs.get(name, x.new_empty(0)).float().to(x.device)
             self.outputs[name] = torch.cat([former, sample_with_extremes(x)]).unique()
 
+    def begin_with(self, name: str) -> None:
+        """A layer with a weight ran or is to run: what others take later is not what the model was given."""
+        self.first = name if self.first is None else self.first
+
     def see(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a layer runs, with its arguments."""
-        self.first = name if self.first is None else self.first
+        self.begin_with(name)
         seen: list[Tensor] = []
         for place, argument, keyword in places(layer):
             x = args[argument] if len(args) > argument else kwargs.get(keyword)

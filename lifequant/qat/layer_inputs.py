@@ -101,6 +101,8 @@ def _found(
     if is_shifted_windows(around) and last == "proj":
         return Input(quantized=False, image=False)
     if isinstance(around, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        if last == "self_attn" and keyword != "query":
+            return Input(quantized=True, image=False)  # by the query's quantizer, for all three are one tensor
         if last == "linear1":
             return Input(quantized=False, image=False)
         if last == "linear2" and not isinstance(around.activation, nn.Module):
