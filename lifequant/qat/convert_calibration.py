@@ -50,6 +50,7 @@ def calibrate(
     quantizer changes out of proportion to its bits (qat/refit.py). Raises UserError if there is no batch or if a value is
     not finite; the scales are the former ones then, as after any error.
     """
+    q = getattr(q, "_orig_mod", q)  # of torch.compile
     if not isinstance(getattr(q, "quantization", None), Quantization):
         raise UserError("calibrate takes a model that quantize_model made")
     device = next((p.device for p in q.parameters()), None)
@@ -246,6 +247,7 @@ def calibrate_at_first_forward(q: nn.Module) -> None:
         q.register_forward_pre_hook(_calibrate_first, with_kwargs=True)
 
 
+@torch.compiler.disable
 def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     """The forward pre-hook of a model whose scales are not set. It removes itself."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # where no flag on a device can be read
