@@ -29,6 +29,8 @@ class FoldedWeight(FakeQuant):
     ``groups`` is that of a transposed convolution, whose weight is [in, C / groups, ...]; None where it is [C, ...].
     """
 
+    groups: int | None = None  # of models that a former version pickled, too
+
     def __init__(self, quant: FakeQuant, factor: Tensor, groups: int | None = None) -> None:
         super().__init__(quant.bits, quant.qn, quant.qp)
         self.quant, self.groups = quant, groups
