@@ -77,6 +77,31 @@ def test_parametrized_layers_are_in_the_report():
     assert q.quantization.left == {"0": "Conv1d whose weight is parametrized"}
 
 
+class Attends(nn.Module):
+    """Self-attention and cross-attention, over a number of turns that no trace knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(50, 16), nn.Linear(16, 5)
+        self.own, self.cross = (nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = memory = self.embedding(tokens)
+        for _ in range(tokens.shape[1] // 3):
+            x = x + self.own(x, x, x)[0]
+            x = x + self.cross(x, memory.flip(1), memory.flip(1))[0]
+        return self.out(x)
+
+
+def test_an_idle_quantizer_has_no_gradient_to_wait_for():
+    torch.manual_seed(0)
+    q = quantized(Attends(), TOKENS)
+    idle = {name for name, p in q.named_parameters() if not p.requires_grad}
+    assert idle == {"own.key_quant.quant.step_size"}
+    q(TOKENS).square().sum().backward()
+    assert all((p.grad is None) == (name in idle) for name, p in q.named_parameters())
+
+
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_every_quantizer_of_attention_is_used(kind):
     """Else DistributedDataParallel waits for its gradient. A former version's state, with such quantizers, loads strictly."""

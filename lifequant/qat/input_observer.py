@@ -22,6 +22,7 @@ class LayerInputs:
         self.floats: set[str] = set()  # layers with an input that no quantizer gave
         self.images: set[str] = set()  # of these, layers that take what the model is given
         self.opened: set[OpenInput] = set()
+        self.has_input: dict[OpenInput, bool] = {}  # of the layers that ran: whether any tensor goes through it
         self.first: str | None = None  # the first layer that ran, of whatever kind; what it takes stays float
         self.outputs: dict[str, Tensor] = {}  # values that each ReLU's quantizer gave in this pass, sorted
         self.model_inputs: set[int] = set()  # data pointers
@@ -40,7 +41,14 @@ class LayerInputs:
             quant.skips.fill_(False)
 
     def finish(self, q: nn.Module) -> None:
-        """A quantizer that no tensor passed, and that may skip all of them, needs no scale."""
+        """A quantizer that no tensor passed, and that may skip all of them, needs no scale.
+
+        That of keys which are always the query is not used at all, and has no gradient that DistributedDataParallel waits for.
+        """
+        for quant, used in self.has_input.items():
+            if quant.idle == used:  # else the user may have frozen it
+                quant.requires_grad_(used)
+            quant.idle = not used
         for quant in _open_inputs(q):
             if bool(quant.skips):
                 quant.quant.calibrated = True
@@ -60,12 +68,15 @@ class LayerInputs:
         self.begin_with(name)
         seen: list[Tensor] = []
         for place, argument, keyword in places(layer):
+            quant = getattr(layer, place)
+            if isinstance(quant, OpenInput):
+                self.has_input.setdefault(quant, False)
             x = args[argument] if len(args) > argument else kwargs.get(keyword)
             if not torch.is_tensor(x) or any(x is other for other in seen):  # attention quantizes one tensor once
                 continue
             seen.append(x)
-            quant = getattr(layer, place)
             if isinstance(quant, OpenInput):
+                self.has_input[quant] = True
                 image = quant.may_be_image and (name == self.first or x.data_ptr() in self.model_inputs)
                 if quant not in self.opened and (image or self.of_one_quantizer(x)):
                     self.floats |= {name} if image else set()

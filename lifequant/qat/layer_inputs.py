@@ -22,6 +22,8 @@ class OpenInput(nn.Module):
     ``skips`` is a buffer, so that every copy of the model's state has the decision. No branch reads it.
     """
 
+    idle = False  # whether the last calibration found that no tensor goes through it
+
     def __init__(self, quant: nn.Module, may_be_image: bool = True) -> None:
         super().__init__()
         self.quant, self.may_be_image = quant, may_be_image
