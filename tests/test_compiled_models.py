@@ -62,6 +62,22 @@ def test_calibrated_once_more(way):
     assert len(counted) == len(scales(q)) and all(row.counts.sum() for row in counted.values())
 
 
+def test_a_float_state_in_a_compiled_model():
+    """The next pass sets the scales anew, and says so, although compiled code passes over hooks that came later."""
+    q, eager, float_state = network(), network(), network().state_dict()
+    calibrate(q, X)
+    other = torch.compile(q, backend="eager")
+    with torch.no_grad():
+        other(X)
+        state = {name: 3 * value for name, value in float_state.items() if "_quant" not in name}
+        for model in (q, eager):
+            model.load_state_dict(state)
+        calibrate(eager, X)
+        with pytest.warns(UserWarning, match="its first forward pass sets them now"):
+            found = other(X)
+    assert scales(q) == scales(eager) and torch.equal(found, eager(X))
+
+
 def test_the_first_pass_of_a_compiled_model():
     q, eager = network(), network()
     calibrate(eager, X)

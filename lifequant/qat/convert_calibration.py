@@ -240,6 +240,11 @@ def _is_calibrated(q: nn.Module) -> bool:
     return all(quant.calibrated or not quant.state_dict() for _, quant in fake_quants(q))
 
 
+def is_to_calibrate(q: nn.Module) -> bool:
+    """Whether the first forward pass will calibrate the model."""
+    return any(hook is _calibrate_first for hook in q._forward_pre_hooks.values())
+
+
 def calibrate_at_first_forward(q: nn.Module) -> None:
     """Let the first forward pass calibrate the model if any scale is not set."""
     _remove_hook(q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from lifequant.qat.calibration import calibrate_quantizer
-from lifequant.qat.convert_calibration import calibrate_at_first_forward
+from lifequant.qat.convert_calibration import calibrate_at_first_forward, is_to_calibrate
 from lifequant.qat.layers import QuantConvTranspose2d, fake_quants
 from lifequant.qat.refit import refit_weight
 
@@ -17,7 +18,10 @@ from lifequant.qat.refit import refit_weight
 def after_loading(q: nn.Module, _: Any = None) -> None:
     """The hook after loading a state dict: warns where that is of other quantizers, whose scales were not taken over."""
     _set_transposed(q)
+    before = is_to_calibrate(q)
     calibrate_at_first_forward(q)
+    if is_to_calibrate(q) and not before and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what was compiled of a calibrated model would pass over the hook that is there now
     unlike = {name: quant for name, quant in fake_quants(q) if quant.unlike}
     if unlike:
         name, quant = next(iter(unlike.items()))
