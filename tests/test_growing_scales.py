@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant import calibrate, quantize_model, registry
+from lifequant import calibrate, fold_batchnorm, quantize_model, registry
 from lifequant.common.errors import UserError
 from lifequant.qat.refit import refit_weight, relative_error
 from lifequant.qat.scales import Scales, param_groups
@@ -136,6 +136,33 @@ def test_a_float_head_in_its_place_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate(q, X)
+
+
+def test_a_wrapped_head_is_none_in_its_place():
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Linear(24, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    q = network()
+    q.fc = Adapted(q.fc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(q, X)
+    assert "fc" not in q.quantization.left
+
+
+def test_a_folded_layer_is_refused():
+    torch.manual_seed(0)
+    q = quantize_model(nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4)), per_channel=True)
+    calibrate(q, X)
+    folded = fold_batchnorm(q.eval())
+    with pytest.raises(UserError, match="a layer with folded BatchNorm can't grow"):
+        folded[0].weight = nn.Parameter(torch.randn(6, 12))
+    assert folded(X).shape == (16, 4)
 
 
 def test_errors_in_one_line():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from lifequant.quantizers.base import HALF, FakeQuant
 def hook_activations(model: nn.Module, function: Callable[[str, FakeQuant, Tensor], None]) -> Iterator[None]:
     """Inside, ``function(name, quantizer, input)`` runs before the forward pass of every activation quantizer.
 
-    What torch.compile made runs in eager mode inside: it does not look for hooks that came later.
+    What torch.compile made runs in eager mode inside: it does not look for hooks that came later. Where torch._dynamo is not
+    loaded, nothing was compiled, and to load it takes seconds.
     """
     handles = []
     for name, quant in fake_quants(model):
@@ -28,7 +30,7 @@ def hook_activations(model: nn.Module, function: Callable[[str, FakeQuant, Tenso
                 quant.register_forward_pre_hook(lambda module, args, name=name: function(name, module, args[0]))
             )
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
         for handle in handles:

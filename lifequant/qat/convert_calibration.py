@@ -252,13 +252,17 @@ def calibrate_at_first_forward(q: nn.Module) -> None:
         q.register_forward_pre_hook(_calibrate_first, with_kwargs=True)
 
 
-@torch.compiler.disable
 def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     """The forward pre-hook of a model whose scales are not set. It removes itself."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # where no flag on a device can be read
         raise UserError(
             "the scales of this model are not set: calibrate(q, batches), or run it once, before it is exported or traced"
         )
+    now = torch.compiler.disable(_calibrate_now) if torch.compiler.is_compiling() else _calibrate_now
+    now(q, args, kwargs)
+
+
+def _calibrate_now(q: nn.Module, args: tuple, kwargs: dict) -> None:
     _remove_hook(q)
     if _is_calibrated(q):
         return
@@ -268,7 +272,7 @@ def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     warnings.warn(
         "the scales of this quantized model were not set; its first forward pass sets them now, from one batch; "
         "lifequant.calibrate(q, batches) sets them from several",
-        stacklevel=4,
+        stacklevel=5,
     )
     try:
         _calibrate_on_calls(q, [(args, kwargs)])

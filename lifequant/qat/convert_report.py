@@ -151,9 +151,15 @@ def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
 
 
 def _replaced(q: nn.Module, report: Quantization) -> list[str]:
-    """Quantized layers that others, in float, have taken the place of; the report has these as such from now on."""
+    """Quantized layers that others, in float, have taken the place of; the report has these as such from now on.
+
+    What has the former layer inside has not taken its place.
+    """
     modules = dict(q.named_modules())
-    found = [name for name in report.swapped if not isinstance(modules.get(name), TAKING | QuantReLU)]
+    quantized = {
+        name for name, m in modules.items() if any(isinstance(part, TAKING | QuantReLU) for part in m.modules())
+    }
+    found = [name for name in report.swapped if name not in quantized]
     for name in found:
         del report.swapped[name]
         if name in modules:

@@ -21,6 +21,8 @@ def grow(quant: nn.Module | None, weight: Tensor) -> None:
     old, new = getattr(quant, "channels", None), weight.shape[0] if weight.dim() else 0
     if not isinstance(quant, FakeQuant) or old is None or old == new or weight.dim() < 2:
         return
+    if next(quant.children(), None) is not None:
+        raise UserError("a layer with folded BatchNorm can't grow: let it grow before fold_batchnorm")
     if new < old:
         raise UserError(
             f"a weight with {old} output channels and a scale for each can't become one with {new}: append new outputs behind "
