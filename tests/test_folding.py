@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from lifequant import calibrate, fold_batchnorm, quantize_model, registry
 from lifequant.common.errors import UserError
 from lifequant.qat.code_usage import code_counts
+from lifequant.qat.folding import foldable
 from lifequant.qat.packing import packed_model_bytes
 
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -88,6 +89,7 @@ def test_transposed_convolutions_and_linear(name, per_channel):
         factor = (1.0 if bn.weight is None else bn.weight) / (bn.running_var + bn.eps).sqrt()
         assert torch.equal(now.weight_quant.codes(now.weight), former.weight_quant.codes(former.weight))
         torch.testing.assert_close(now.weight_quant.scale(), former.weight_quant.scale() * factor)
+    assert foldable(q) == [("7", "8"), ("10", "11")]
     assert folded[3].weight_quant.scale().shape == (6,) and packed_model_bytes(folded) > 0
     twin = copy.deepcopy(folded)
     assert torch.equal(twin(X.double()), folded(X.double()))

@@ -184,3 +184,15 @@ def _fold(q: nn.Module, conv: str, norm: str) -> None:
     owner, _, attribute = norm.rpartition(".")
     gone = FoldedBatchNorm1d() if isinstance(layer, QuantLinear) else nn.Identity()
     setattr(q.get_submodule(owner), attribute, gone)
+
+
+def foldable(q: nn.Module) -> list[tuple[str, str]]:
+    """The pairs that ``fold_batchnorm(q)`` folds and that leave scales along the weight's first dimension.
+
+    Those of a transposed convolution lie along the second, which no exported form has. None where torch.fx can't trace the model.
+    """
+    try:
+        pairs = _traced_pairs(q)
+    except UserError:
+        return []
+    return [(layer, norm) for layer, norm in pairs if not isinstance(q.get_submodule(layer), QuantConvTranspose2d)]
