@@ -160,7 +160,7 @@ def test_a_folded_layer_is_refused():
     q = quantize_model(nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4)), per_channel=True)
     calibrate(q, X)
     folded = fold_batchnorm(q.eval())
-    with pytest.raises(UserError, match="a layer with folded BatchNorm can't grow"):
+    with pytest.raises(UserError, match="a FoldedWeight can't grow: let the layer grow before"):
         folded[0].weight = nn.Parameter(torch.randn(6, 12))
     assert folded(X).shape == (16, 4)
 

@@ -22,7 +22,7 @@ def grow(quant: nn.Module | None, weight: Tensor) -> None:
     if not isinstance(quant, FakeQuant) or old is None or old == new or weight.dim() < 2:
         return
     if next(quant.children(), None) is not None:
-        raise UserError("a layer with folded BatchNorm can't grow: let it grow before fold_batchnorm")
+        raise UserError(f"a {type(quant).__name__} can't grow: let the layer grow before it is folded or packed")
     if new < old:
         raise UserError(
             f"a weight with {old} output channels and a scale for each can't become one with {new}: append new outputs behind "
