@@ -11,6 +11,7 @@ import torch
 from support.converted import counts, quantized
 from torch import Tensor, nn
 
+from lifequant import calibrate, quantize_model
 from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.shifted_windows import ShiftedWindowAttention, ShiftedWindowAttentionV2, convert_
 
@@ -22,7 +23,7 @@ def test_attention_without_quantizers_is_torchs(batch_first, kdim, biases):
     made = {"batch_first": batch_first, "kdim": kdim, "vdim": kdim}
     model = nn.MultiheadAttention(8, 2, bias=biases, add_bias_kv=biases, add_zero_attn=not biases, **made)
     q = copy.deepcopy(model)
-    QuantMultiheadAttention.convert_(q, lambda cout: nn.Identity())
+    QuantMultiheadAttention.convert_(q, lambda *_: nn.Identity())
     long, short, size = 5, 4, 3
     for batched in (True, False):
         x, k, v = (
@@ -99,3 +100,42 @@ def test_shifted_windows_without_quantizers_are_torchvisions(kind):
         convert_(q)
         x = torch.randn(2, *size, 8)
         torch.testing.assert_close(q(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def without_scales(**made) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2, batch_first=True, **made)
+    for weight in (model.in_proj_weight, model.k_proj_weight, model.out_proj.weight):
+        if weight is not None:
+            nn.init.constant_(weight, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("bits", [{}, {"*": 4}])
+def test_projections_without_a_scale_stay_float(bits):
+    """Constant weights; of three projections only the one that has such. The function is that of the float layer."""
+    x, k = torch.randn(3, 4, 8), torch.randn(3, 5, 6)
+    model = without_scales()
+    q = quantize_model(model, act_bits=32, layer_bits={name: (b, 32) for name, b in bits.items()})
+    assert q.quantization.left == {
+        "": "MultiheadAttention, its weights are all alike",
+        "out_proj": "Linear, its weights are all alike",
+    }
+    torch.testing.assert_close(q(x, x, x), model(x, x, x))
+    model = nn.ModuleDict({"a": without_scales(kdim=6, vdim=6)})
+    q = quantize_model(model, layer_bits=bits)
+    assert q.quantization.left["a.k_proj_weight"] == "a projection, its weights are all alike"
+    assert len(q.quantization.left) == 2 and q.quantization.swapped == {
+        "a": "MultiheadAttention, 4-bit weights (LSQWeight)"
+    }
+    weights = {id(weight): quant(weight) for quant, weight in q["a"].projections()}
+    assert torch.equal(weights[id(q["a"].k_proj_weight)], model["a"].k_proj_weight)
+    calibrate(q, [(x, k)], forward=lambda q, batch: q["a"](batch[0], batch[1], batch[1]))
+    assert len(q["a"].q_weight_quant(q["a"].q_proj_weight).unique()) <= 16
+
+
+def test_one_weight_for_each_scale():
+    q = quantize_model(nn.Sequential(nn.Linear(2, 1), nn.MultiheadAttention(1, 1)), per_channel=True)
+    assert q.quantization.left == {"1": "MultiheadAttention, one weight for each scale"} | {
+        "1.out_proj": "Linear, one weight for each scale"
+    }

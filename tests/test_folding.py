@@ -1,4 +1,4 @@
-"""BatchNorm folded into quantized convolutions: the same function, and refusals."""
+"""BatchNorm folded into quantized layers: the same function, and refusals."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from lifequant import calibrate, fold_batchnorm, quantize_model, registry
 from lifequant.common.errors import UserError
 from lifequant.qat.code_usage import code_counts
+from lifequant.qat.folding import foldable
 from lifequant.qat.packing import packed_model_bytes
 
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -25,10 +26,11 @@ def quantized(*layers: nn.Module, quantizer: str = "lsq", **settings) -> nn.Modu
     torch.manual_seed(0)
     model = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
     for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats:
-            norm.weight.data.uniform_(-3, 3)
-            norm.weight.data[0] = 0
-            norm.bias.data.normal_()
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.track_running_stats:
+            if norm.affine:
+                norm.weight.data.uniform_(-3, 3)
+                norm.weight.data[0] = 0
+                norm.bias.data.normal_()
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.05, 2)
     q = quantize_model(model, quantizer, **settings)
@@ -41,6 +43,15 @@ def blocks() -> list[nn.Module]:
     return [
         nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8),
         nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5),
+    ]  # fmt: skip
+
+
+def more_blocks() -> list[nn.Module]:
+    """Transposed convolutions, of groups too, and Linear; momentum None, and a BatchNorm1d without weights."""
+    return [
+        nn.ConvTranspose2d(3, 8, 2, bias=False), nn.BatchNorm2d(8, momentum=None), nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(7350, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5, bias=False), nn.BatchNorm1d(5, affine=False),
     ]  # fmt: skip
 
 
@@ -64,6 +75,69 @@ def test_the_same_function(name, per_channel):
         torch.testing.assert_close(now.weight_quant.scale(), former.weight_quant.scale() * factor)
         values = former.weight_quant(former.weight) * factor[:, None, None, None]
         torch.testing.assert_close(now.weight_quant(now.weight), values)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("name", registry.names("quantizer"))
+def test_transposed_convolutions_and_linear(name, per_channel):
+    q = quantized(*more_blocks(), quantizer=name, per_channel=per_channel)
+    folded = fold_batchnorm(q)
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in folded.modules())
+    assert q(X.double()).std() > 0.1 and off(folded, q, X.double()) < 1e-10
+    for place, norm in ((0, 1), (3, 4), (7, 8), (10, 11)):
+        former, now, bn = q[place], folded[place], q[norm]
+        factor = (1.0 if bn.weight is None else bn.weight) / (bn.running_var + bn.eps).sqrt()
+        assert torch.equal(now.weight_quant.codes(now.weight), former.weight_quant.codes(former.weight))
+        torch.testing.assert_close(now.weight_quant.scale(), former.weight_quant.scale() * factor)
+    assert foldable(q) == [("7", "8"), ("10", "11")]
+    assert folded[3].weight_quant.scale().shape == (6,) and packed_model_bytes(folded) > 0
+    twin = copy.deepcopy(folded)
+    assert torch.equal(twin(X.double()), folded(X.double()))
+
+
+def test_at_32_bits():
+    """The weights themselves are multiplied, as torch's own folding does it."""
+    q = quantized(*more_blocks(), weight_bits=32, act_bits=32, first_last_bits=32)
+    folded = fold_batchnorm(q)
+    assert off(folded, q, X.double()) < 1e-12
+    linear, conv = nn.Linear(7350, 8).double().eval(), nn.ConvTranspose2d(3, 8, 2, bias=False).double().eval()
+    linear.load_state_dict(q[7].state_dict())
+    conv.load_state_dict(q[0].state_dict())
+    for found, expected in (
+        (folded[7], fuse_linear_bn_eval(linear, q[8])),
+        (folded[0], fuse_conv_bn_eval(conv, q[1], transpose=True)),
+    ):
+        torch.testing.assert_close(found.weight, expected.weight)
+        torch.testing.assert_close(found.bias, expected.bias)
+
+
+def test_linear_over_sequences():
+    """A BatchNorm1d behind a Linear that gives [N, L, C] normalizes L. Nobody sees it in the graph: the folded model says so."""
+    q = quantized(nn.Flatten(2), nn.Linear(256, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(9, 4))
+    folded = fold_batchnorm(q)
+    with pytest.raises(UserError, match=r"takes \[N, C\], and not \[6, 3, 3\].*: name the pairs"):
+        folded(X.double())
+
+
+class Named(nn.BatchNorm2d):
+    pass
+
+
+class Activates(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_a_subclass_that_does_more_is_refused():
+    q = quantized(nn.Conv2d(3, 4, 3), Named(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    assert off(fold_batchnorm(q), q, X.double()) < 1e-10
+    q = quantized(nn.Conv2d(3, 4, 3), Activates(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    with pytest.raises(UserError, match=r"torch\.fx can't trace the model"):
+        fold_batchnorm(q)
+    with pytest.raises(
+        UserError, match="'1' is Activates: a pair is a quantized Conv2d, ConvTranspose2d or Linear and"
+    ):
+        fold_batchnorm(q, [("0", "1")])
 
 
 def test_a_residual_network():
@@ -123,7 +197,7 @@ def test_only_where_it_is_the_same():
     folded = fold_batchnorm(q)
     assert [n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["norm", "norm2"]
     assert off(folded, q, X.double()) < 1e-10
-    with pytest.raises(UserError, match="no BatchNorm2d of the model follows"):
+    with pytest.raises(UserError, match="no BatchNorm of the model follows"):
         fold_batchnorm(folded)
 
 

@@ -23,11 +23,13 @@ REGULARIZERS = [name for name in METHODS if registry.method(name).regularizer an
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. .* input that no quantizer gave")
 
 
-def network() -> nn.Module:
+def float_network() -> nn.Module:
     torch.manual_seed(0)
-    q = quantize_model(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)), "lsq"
-    )
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+
+
+def network(model: nn.Module | None = None, per_channel: bool = False) -> nn.Module:
+    q = quantize_model(model or float_network(), "lsq", per_channel=per_channel)
     calibrate(q, torch.randn(8, 3, 8, 8))
     return q
 
@@ -41,6 +43,14 @@ def grow(q: nn.Module, classes: int, quantized: bool = False) -> None:
         old.weight, old.bias, old.out_features = new.weight, new.bias, classes
     else:
         q[-1] = new
+
+
+def quantized_anew(q: nn.Module, classes: int) -> nn.Module:
+    """The float model gets what ``q`` learned and a larger head, and is quantized once more."""
+    model = float_network()
+    model.load_state_dict({name: value for name, value in q.state_dict().items() if name in model.state_dict()})
+    grow(model, classes)
+    return network(model, per_channel=True)
 
 
 def task_of(t: int, classes: int) -> Task:
@@ -78,16 +88,16 @@ def learn(q: nn.Module, method, guard, task: Task, teacher: nn.Module | None) ->
         callback.end_task(q, task)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("head", ["float", "quantized", "per_channel"])
 @pytest.mark.parametrize("name", [*METHODS, *PENALTIES])
-def test_a_loop_of_three_heads(name, quantized):
+def test_a_loop_of_three_heads(name, head):
     """Every method and every penalty goes through 2, 4, 4 and 6 classes, its state read from a file in between."""
     settings = {"method": name} if name in METHODS else {"method": "ours", "penalty": name}
     config = options.make(**settings)
-    q, teacher, kept = network(), None, None
+    q, teacher, kept = network(per_channel=head == "per_channel"), None, None
     for t, classes in enumerate((2, 4, 4, 6)):
         if len(q[-1].weight) < classes:
-            grow(q, classes, quantized)
+            grow(q, classes, quantized=head != "float")
         method = registry.method(config.method)(config)
         guard = registry.penalty(config.penalty)(config) if config.penalty != "none" else method
         if kept:
@@ -101,10 +111,11 @@ def test_a_loop_of_three_heads(name, quantized):
         teacher = copy.deepcopy(q).eval()
 
 
+@pytest.mark.parametrize("head", ["float", "per_channel", "anew"])
 @pytest.mark.parametrize("name", REGULARIZERS)
-def test_importances_are_kept_for_old_rows(name):
+def test_importances_are_kept_for_old_rows(name, head):
     """Old entries have their importance and anchor, new ones importance 0: they move free, and old ones as dear as before."""
-    q, method = network(), registry.method(name)(options.make(method=name))
+    q, method = network(per_channel=head != "float"), registry.method(name)(options.make(method=name))
     learn(q, method, method, task_of(0, 2), None)
     former = {n: p.detach().clone() for n, p in protected(q).items()}
     importance, anchor = (by_name(v, former) for v in (method.importance, method.anchor))
@@ -112,7 +123,10 @@ def test_importances_are_kept_for_old_rows(name):
     same = method.importance
     method.begin_task(q, task_of(0, 2))
     assert method.importance is same  # nothing is allocated anew while nothing grows
-    grow(q, 5)
+    if head == "anew":
+        q = quantized_anew(q, 5)
+    else:
+        grow(q, 5, quantized=head == "per_channel")
     with pytest.raises(UserError, match="grow before begin_task"):
         method.penalty(q)
     method.begin_task(q, task_of(1, 5))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lifequant.qat.copying import copied
-from lifequant.qat.layers import QuantConv2d, fake_quants, weight_layers
+from lifequant.qat.layers import QuantConv2d, QuantConvTranspose2d, fake_quants, weight_layers
 from lifequant.qat.modes import eval_mode
 from lifequant.runtime import distributed
 
@@ -31,7 +31,8 @@ def at_quantized_weights(model: nn.Module) -> nn.Module:
 
 def conv_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """{layer: latent weight} of the convolutions."""
-    return {name: layer.weight for name, layer in weight_layers(model) if isinstance(layer, QuantConv2d)}
+    convolutions = QuantConv2d | QuantConvTranspose2d
+    return {name: layer.weight for name, layer in weight_layers(model) if isinstance(layer, convolutions)}
 
 
 def protected(model: nn.Module) -> dict[str, nn.Parameter]:

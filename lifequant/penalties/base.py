@@ -16,7 +16,7 @@ from lifequant.data.task import Task
 from lifequant.methods.base import TrainingHooks
 from lifequant.methods.growth import grown, only_old
 from lifequant.methods.importance import CHUNK, at_quantized_weights, per_sample
-from lifequant.qat.layers import QuantConv2d, QuantLinear, weight_layers
+from lifequant.qat.layers import Weighted, weight_layers
 from lifequant.qat.packing import packed_bytes
 from lifequant.quantizers.base import FakeQuant
 
@@ -108,7 +108,7 @@ class Anchored(Penalty):
         return {"importance": importance, "reference": self.anchor_bytes}
 
 
-def codes_and_scale(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
+def codes_and_scale(layer: Weighted) -> tuple[Tensor, Tensor]:
     """(codes, scale) or (values, 1) of a layer's quantized weights: their product is these, bit for bit."""
     weight, quant = layer.weight.detach(), layer.weight_quant
     if isinstance(quant, FakeQuant) and quant.linear and quant.output_gain is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,21 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
     """
 
     @classmethod
-    def convert_(cls, attention: nn.MultiheadAttention, weight_quant: Callable[[int], nn.Module]) -> None:
-        """Make one of ``attention``, in place; ``weight_quant`` makes a quantizer of a weight with so many outputs."""
+    def convert_(cls, attention: nn.MultiheadAttention, weight_quant: Callable[[str, Tensor], nn.Module]) -> None:
+        """Make one of ``attention``, in place; ``weight_quant`` makes the quantizer of a weight, given its name and itself."""
         attention.__class__ = cls
         for name, quant in PROJECTIONS.items():
             if (weight := getattr(attention, name)) is not None:
-                setattr(attention, quant, weight_quant(weight.shape[0]))
+                setattr(attention, quant, weight_quant(name, weight))
         attention.act_quant, attention.key_quant, attention.value_quant = (nn.Identity() for _ in range(3))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A former version had quantizers of keys and values in self-attention, too, which it never used."""
+        for name in ("key_quant", "value_quant"):
+            if type(getattr(self, name)) is nn.Identity:
+                for key in [key for key in state_dict if key.startswith(f"{prefix}{name}.")]:
+                    del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def projections(self) -> Iterator[tuple[nn.Module, Tensor]]:
         """(quantizer, weight) of the projections of query, key and value: one, or one for each."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from lifequant.quantizers.base import HALF, FakeQuant
 
 @contextmanager
 def hook_activations(model: nn.Module, function: Callable[[str, FakeQuant, Tensor], None]) -> Iterator[None]:
-    """Inside, ``function(name, quantizer, input)`` runs before the forward pass of every activation quantizer."""
+    """Inside, ``function(name, quantizer, input)`` runs before the forward pass of every activation quantizer.
+
+    What torch.compile made runs in eager mode inside: it does not look for hooks that came later. Where torch._dynamo is not
+    loaded, nothing was compiled, and to load it takes seconds.
+    """
     handles = []
     for name, quant in fake_quants(model):
         if "weight_quant" not in name.split("."):  # which may have another below it
@@ -25,7 +30,8 @@ def hook_activations(model: nn.Module, function: Callable[[str, FakeQuant, Tenso
                 quant.register_forward_pre_hook(lambda module, args, name=name: function(name, module, args[0]))
             )
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()

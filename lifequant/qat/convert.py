@@ -16,17 +16,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lifequant import registry
 from lifequant.common.errors import UserError
 from lifequant.qat.convert_attention import convert_attention
-from lifequant.qat.convert_calibration import after_loading, calibrate, calibrate_at_first_forward
+from lifequant.qat.convert_calibration import calibrate, calibrate_at_first_forward
 from lifequant.qat.convert_functions import FunctionCalls, find_function_calls, try_trace
-from lifequant.qat.convert_report import describe, warn_of_functions, why_float
+from lifequant.qat.convert_loading import after_loading
+from lifequant.qat.convert_report import describe, warn_of_functions, why_float, why_no_scale
 from lifequant.qat.copying import copied
 from lifequant.qat.layer_inputs import add_input_quantizers
 from lifequant.qat.layers import (
+    TORCH_LAYERS,
     QuantConv2d,
     QuantConvTranspose2d,
     QuantLinear,
@@ -40,6 +42,7 @@ from lifequant.qat.layers import (
 from lifequant.quantizers.base import FakeQuant, Quantizer
 
 __all__ = ["calibrate", "quantize_model"]
+QUANTIZED = {nn.Conv2d: QuantConv2d, nn.ConvTranspose2d: QuantConvTranspose2d, nn.Linear: QuantLinear}
 
 
 def quantize_model(
@@ -57,8 +60,8 @@ def quantize_model(
 ) -> nn.Module:
     """Return a quantized copy of any eager model; the given model does not change.
 
-    Every nn.Conv2d and nn.Linear gets a weight quantizer, as do the projections of nn.MultiheadAttention, and every nn.ReLU
-    and nn.ReLU6 gets a quantizer for its output. Everything else stays float: subclasses of these layers, other
+    Every nn.Conv2d, nn.ConvTranspose2d and nn.Linear gets a weight quantizer, as do the projections of nn.MultiheadAttention,
+    and every nn.ReLU and nn.ReLU6 gets a quantizer for its output. Everything else stays float: subclasses of these layers, other
     activations, weights that several modules share, parametrized or constant weights. ``q.quantization`` (a ``Quantization``) lists
     all of it, and ``verbose`` prints the list.
 
@@ -70,9 +73,9 @@ def quantize_model(
 
     ``quantizer`` and ``act_quantizer`` (by default the same) are names, or results of ``registry.quantizer(name,
     **options)``. Bit-widths are 2, 3, 4, 5, 6, 8 or 32, which means float. ``first_last_bits`` is the bit-width of the
-    weights of the first and the last Conv2d or Linear, in the order of ``model.modules()``; None gives them
+    weights of the first and the last Conv2d, ConvTranspose2d or Linear, in the order of ``model.modules()``; None gives them
     ``weight_bits``. The former name of this argument, ``keep_first_last``, is still accepted. With ``per_channel``, a
-    weight has one scale for each output channel. ``layer_bits`` gives bit-widths by name, see
+    weight has one scale for each output channel; an nn.ConvTranspose2d's always has one. ``layer_bits`` gives bit-widths by name, see
     ``lifequant.qat.layers.set_layer_bits``.
 
     The model's float state dict loads into ``q`` strictly. So does the state dict of another ``q``; where that has other
@@ -107,7 +110,7 @@ def quantize_model(
     )
     layer_bits = layer_bits or {}
     stays_float = _convert_layers(q, scheme, inputs == "all", layer_bits)
-    set_layer_bits(q, scheme, layer_bits)
+    set_layer_bits(q, scheme, layer_bits, stays_float)
     images = add_input_quantizers(q, traced, scheme, layer_bits) if inputs == "all" else []
     device = next((p.device for p in q.parameters()), None)
     for name, quant in fake_quants(q):
@@ -120,15 +123,6 @@ def quantize_model(
     if verbose:
         print(q.quantization)
     return q
-
-
-def _why_no_scale(weight: Tensor, per_channel: bool) -> str:
-    """Why no scale suits a weight; empty if one does."""
-    if weight.is_meta or not weight.numel():
-        return ""
-    if per_channel and weight[0].numel() == 1:
-        return "one weight for each scale"
-    return "its weights are all alike" if bool((weight == weight.flatten()[0]).all()) else ""
 
 
 def _family(quantizer: str | Quantizer) -> Quantizer:
@@ -152,7 +146,7 @@ def _convert_layers(
 ) -> dict[str, str]:
     """Convert the layers in place, and return {module that stays float: reason}."""
     modules = dict(q.named_modules())
-    weighted = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+    weighted = [name for name, module in modules.items() if isinstance(module, TORCH_LAYERS)]
     first_last = {weighted[0], weighted[-1]} if weighted and scheme.first_last_bits != scheme.weight_bits else set()
     owners: dict[int, list[str]] = {}  # of each parameter, by its id
     for name, module in modules.items():
@@ -162,15 +156,13 @@ def _convert_layers(
     done = convert_attention(q, scheme, stays_float, layer_bits) if inputs else []
     converted = len(done)
     for name, module in modules.items():
-        if inputs and type(module) is nn.ConvTranspose2d:
-            QuantConvTranspose2d.convert_(module)
         if name in stays_float or name in done:
             continue
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            layer_type = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            no_scale = _why_no_scale(module.weight, scheme.per_channel)
+        if isinstance(module, TORCH_LAYERS):
+            layer_type = QUANTIZED[type(module)]
+            no_scale = why_no_scale(module.weight, scheme.per_channel and layer_type is not QuantConvTranspose2d)
             bits = 32 if no_scale else None
-            layer_type.convert_(module, scheme.weight(module.weight.shape[0], name in first_last, bits))
+            layer_type.convert_(module, scheme.weight_of(module, name in first_last, bits))
             if no_scale:
                 stays_float[name] = f"{type(module).__name__.removeprefix('Quant')}, {no_scale}"
             converted += 1
@@ -182,7 +174,7 @@ def _convert_layers(
     if not converted:
         reasons = [f"{name or 'the model itself'}: {why}" for name, why in itertools.islice(stays_float.items(), 3)]
         raise UserError(
-            "quantize_model: the model has no nn.Conv2d, nn.Linear or nn.ReLU that can be quantized"
+            "quantize_model: the model has no nn.Conv2d, nn.ConvTranspose2d, nn.Linear or nn.ReLU that can be quantized"
             + (f"; these stay float: {'; '.join(reasons)}" if reasons else "")
         )
     return stays_float

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import is_shifted_windows
+from lifequant.qat.convert_report import why_no_scale
 from lifequant.qat.layers import QuantLinear, Scheme, bits_by_name
 
 
@@ -17,6 +18,7 @@ def convert_attention(
 ) -> list[str]:
     """Convert what can be, take it out of ``stays_float``, and return the names of the layers that are done with it.
 
+    Weights that no scale suits stay float; ``stays_float`` names those of the projections by their parameters.
     nn.TransformerEncoder and its layers take no path of their own in eval mode, for it uses the float weights.
     """
     done = []
@@ -29,10 +31,22 @@ def convert_attention(
             shifted_windows.convert_(module)
         if type(module) is nn.MultiheadAttention and not (is_parametrized(module) or is_parametrized(module.out_proj)):
             out = f"{name}.out_proj".lstrip(".")
-            bits = bits_by_name(name, layer_bits, (scheme.weight_bits, 32))[0]
-            QuantMultiheadAttention.convert_(module, lambda cout, bits=bits: scheme.weight(cout, bits=bits))
-            QuantLinear.convert_(module.out_proj, scheme.weight(module.out_proj.weight.shape[0]))
             for converted in (name, out):
                 stays_float.pop(converted, None)
+            bits = bits_by_name(name, layer_bits, (scheme.weight_bits, 32))[0]
+            whys = {}
+
+            def quantizer(parameter: str, weight: Tensor, bits: int = bits, whys: dict[str, str] = whys) -> nn.Module:
+                whys[parameter] = why_no_scale(weight, scheme.per_channel)
+                return scheme.weight(weight.shape[0], bits=32 if whys[parameter] else bits)
+
+            QuantMultiheadAttention.convert_(module, quantizer)
+            if all(whys.values()):
+                stays_float[name] = f"MultiheadAttention, {next(iter(whys.values()))}"
+            else:
+                stays_float |= {f"{name}.{p}".lstrip("."): f"a projection, {why}" for p, why in whys.items() if why}
+            if no_scale := why_no_scale(module.out_proj.weight, scheme.per_channel):
+                stays_float[out] = f"Linear, {no_scale}"
+            QuantLinear.convert_(module.out_proj, scheme.weight_of(module.out_proj, bits=32 if no_scale else None))
             done += [name, out]
     return done

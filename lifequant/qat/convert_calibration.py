@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lifequant.common.errors import UserError
 from lifequant.qat.attention import attention_weights
 from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations, is_empty
+from lifequant.qat.convert_inputs import WEIGHTED
 from lifequant.qat.convert_report import Quantization, add_findings
 from lifequant.qat.input_observer import LayerInputs, sample_with_extremes
 from lifequant.qat.layer_inputs import TAKING, OpenInput
@@ -49,6 +50,7 @@ def calibrate(
     quantizer changes out of proportion to its bits (qat/refit.py). Raises UserError if there is no batch or if a value is
     not finite; the scales are the former ones then, as after any error.
     """
+    q = getattr(q, "_orig_mod", q)  # of torch.compile
     if not isinstance(getattr(q, "quantization", None), Quantization):
         raise UserError("calibrate takes a model that quantize_model made")
     device = next((p.device for p in q.parameters()), None)
@@ -201,6 +203,8 @@ class _Observer:
                 handles.append(
                     module.register_forward_hook(lambda m, args, out, name=name: self.see_output(name, m, out))
                 )
+            elif isinstance(module, WEIGHTED):  # stays float, as nn.Embedding
+                handles.append(module.register_forward_hook(lambda *_, name=name: self.layer_inputs.begin_with(name)))
         return handles
 
     def begin_pass(self, args: tuple, kwargs: dict) -> None:
@@ -236,25 +240,16 @@ def _is_calibrated(q: nn.Module) -> bool:
     return all(quant.calibrated or not quant.state_dict() for _, quant in fake_quants(q))
 
 
+def is_to_calibrate(q: nn.Module) -> bool:
+    """Whether the first forward pass will calibrate the model."""
+    return any(hook is _calibrate_first for hook in q._forward_pre_hooks.values())
+
+
 def calibrate_at_first_forward(q: nn.Module) -> None:
     """Let the first forward pass calibrate the model if any scale is not set."""
     _remove_hook(q)
     if not _is_calibrated(q):
         q.register_forward_pre_hook(_calibrate_first, with_kwargs=True)
-
-
-def after_loading(q: nn.Module, _: Any = None) -> None:
-    """The hook after loading a state dict: warns where that is of other quantizers, whose scales were not taken over."""
-    calibrate_at_first_forward(q)
-    unlike = {name: quant for name, quant in fake_quants(q) if quant.unlike}
-    if unlike:
-        name, quant = next(iter(unlike.items()))
-        warnings.warn(
-            f"load_state_dict: {len(unlike)} quantizers of the state are of another kind than the model's ({name}: "
-            f"{quant.unlike}, here {quant.kind}): the weights are loaded, and the scales are set anew by lifequant.calibrate, or "
-            "by the first forward pass",
-            stacklevel=4,
-        )
 
 
 def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -263,6 +258,11 @@ def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
         raise UserError(
             "the scales of this model are not set: calibrate(q, batches), or run it once, before it is exported or traced"
         )
+    now = torch.compiler.disable(_calibrate_now) if torch.compiler.is_compiling() else _calibrate_now
+    now(q, args, kwargs)
+
+
+def _calibrate_now(q: nn.Module, args: tuple, kwargs: dict) -> None:
     _remove_hook(q)
     if _is_calibrated(q):
         return
@@ -272,7 +272,7 @@ def _calibrate_first(q: nn.Module, args: tuple, kwargs: dict) -> None:
     warnings.warn(
         "the scales of this quantized model were not set; its first forward pass sets them now, from one batch; "
         "lifequant.calibrate(q, batches) sets them from several",
-        stacklevel=4,
+        stacklevel=5,
     )
     try:
         _calibrate_on_calls(q, [(args, kwargs)])

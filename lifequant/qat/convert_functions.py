@@ -109,6 +109,7 @@ class _Tracer(fx.Tracer):
         return (
             isinstance(m, CALLED)
             or is_shifted_windows(m)
+            or (isinstance(m, nn.modules.batchnorm._BatchNorm) and type(m).forward.__module__.startswith("torch.nn."))
             or type(m).__module__.startswith(OURS)
             or super().is_leaf_module(m, module_qualified_name)
         )

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lifequant.common.text import wrapped
@@ -14,7 +14,7 @@ from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import FunctionCalls
 from lifequant.qat.input_observer import LayerInputs
 from lifequant.qat.layer_inputs import TAKING, describe_inputs
-from lifequant.qat.layers import QuantConv2d, QuantLinear, QuantReLU
+from lifequant.qat.layers import TORCH_LAYERS, QuantReLU, Weighted
 from lifequant.qat.refit import is_out_of_proportion
 from lifequant.quantizers.base import FakeQuant
 
@@ -76,18 +76,29 @@ def why_float(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> 
     ``owners`` is {id of a parameter: names of the modules that have it}.
     """
     kind = type(module).__name__
-    for base in (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6):
+    for base in (*TORCH_LAYERS, nn.ReLU, nn.ReLU6):
         if isinstance(module, base):
-            if is_parametrized(module) or (base in (nn.Conv2d, nn.Linear) and "weight" not in module._parameters):
+            if is_parametrized(module) or (base in TORCH_LAYERS and "weight" not in module._parameters):
                 return f"{base.__name__} whose weight is parametrized"  # weight_norm, spectral_norm, pruning
             if type(module) is not base:
                 return f"{kind}, a subclass of {base.__name__}"
             others = [o for p in module.parameters(recurse=False) for o in owners[id(p)] if o != name]
             return f"{kind} that shares its weight with {others[0]!r}" if others else ""
+    if is_parametrized(module):
+        return f"{kind.removeprefix('Parametrized')} whose {', '.join(module.parametrizations)} is parametrized"
     matrices = [parameter for parameter, p in module._parameters.items() if p is not None and p.dim() > 1]
     if matrices and not isinstance(module, ParametrizationList):
         return f"{kind}, its {', '.join(matrices[:2])}"
     return f"{kind}, an activation" if type(module).__module__ == "torch.nn.modules.activation" else ""
+
+
+def why_no_scale(weight: Tensor, per_channel: bool) -> str:
+    """Why no scale suits a weight; empty if one does."""
+    if weight.is_meta or not weight.numel():
+        return ""
+    if per_channel and weight[0].numel() == 1:
+        return "one weight for each scale"
+    return "its weights are all alike" if bool((weight == weight.flatten()[0]).all()) else ""
 
 
 def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls, images: list[str]) -> Quantization:
@@ -98,12 +109,13 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls,
         found.left.setdefault(name, f"{type(q.get_submodule(name)).__name__}, calls ReLU as a function{times}")
     found.behind_functions = [n for n, m in q.named_modules() if n in calls.behind and _has_weights(m)]
     for name, module in q.named_modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
+        if isinstance(module, Weighted):
             quant, quantity = module.weight_quant, "weights"
         elif isinstance(module, QuantReLU):
             quant, quantity = module.act_quant, "outputs"
         elif isinstance(module, QuantMultiheadAttention):
-            quant, quantity = next(module.projections())[0], "weights"
+            quants = [quant for quant, _ in module.projections()]
+            quant, quantity = next((quant for quant in quants if isinstance(quant, FakeQuant)), quants[0]), "weights"
         else:
             continue
         kind = type(module).__name__.removeprefix("Quant") + ("6" if getattr(module, "bound", None) else "")
@@ -116,7 +128,7 @@ def describe(q: nn.Module, stays_float: Mapping[str, str], calls: FunctionCalls,
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return isinstance(module, QuantConv2d | QuantLinear)
+    return isinstance(module, Weighted)
 
 
 def _takes(module: nn.Module) -> bool:
@@ -131,11 +143,28 @@ def warn_of_functions(q: nn.Module, calls: FunctionCalls) -> None:
     callers = list(dict.fromkeys(report.left[name].split(",")[0] for name in calls.callers))
     warnings.warn(
         f"quantize_model: ReLU is called as a function (F.relu, torch.relu or x.relu()) in {_shortened(callers)}, where no "
-        f"quantizer can be put: the inputs of {len(report.behind_functions)} of {sum(map(_has_weights, q.modules()))} Conv2d and Linear layers stay float "
+        f"quantizer can be put: the inputs of {len(report.behind_functions)} of {sum(map(_has_weights, q.modules()))} layers with weights stay float "
         f"({_shortened(report.behind_functions)}). Make an nn.ReLU() in __init__ for each place, call it there, and quantize "
         "again",
         stacklevel=3,
     )
+
+
+def _replaced(q: nn.Module, report: Quantization) -> list[str]:
+    """Quantized layers that others, in float, have taken the place of; the report has these as such from now on.
+
+    What has the former layer inside has not taken its place.
+    """
+    modules = dict(q.named_modules())
+    quantized = {
+        name for name, m in modules.items() if any(isinstance(part, TAKING | QuantReLU) for part in m.modules())
+    }
+    found = [name for name in report.swapped if name not in quantized]
+    for name in found:
+        del report.swapped[name]
+        if name in modules:
+            report.left[name] = f"{type(modules[name]).__name__}, put in place after quantize_model"
+    return [name for name in found if name in modules]
 
 
 def add_findings(
@@ -151,6 +180,7 @@ def add_findings(
     former = report.float_inputs, report.unreached, report.inaccurate
     report.errors = {name: error for name, (_, error) in errors.items()}
     report.inaccurate = [name for name in errors if is_out_of_proportion(*errors[name])]
+    replaced = _replaced(q, report)
     report.inputs = describe_inputs(q)
     report.images = [name for name in layers if name in inputs.images.union(report.images)]
     report.float_inputs = [name for name in layers if name in inputs.floats]
@@ -160,6 +190,8 @@ def add_findings(
     if rest := [name for name in report.float_inputs if name not in report.images]:
         of = f"{len(rest)} of {sum(map(_takes, q.modules()))}"
         lines.append(f"{of} layers have an input that no quantizer gave: {_shortened(rest)}")
+    if replaced:
+        lines.append(f"{len(replaced)} layers were put in place after quantize_model, in float: {_shortened(replaced)}")
     if report.unreached:
         lines.append(f"{len(report.unreached)} layers were not reached: {_shortened(report.unreached)}")
     if report.inaccurate:
@@ -169,5 +201,5 @@ def add_findings(
             f"(relative error {report.errors[worst]:.2f}): per_channel=True, more bits for them (layer_bits) or another "
             "quantizer may help"
         )
-    if lines and former != (report.float_inputs, report.unreached, report.inaccurate):
+    if replaced or (lines and former != (report.float_inputs, report.unreached, report.inaccurate)):
         warnings.warn("calibrate: " + "; ".join(lines) + " (q.quantization lists all)", stacklevel=5)

@@ -22,7 +22,8 @@ class LayerInputs:
         self.floats: set[str] = set()  # layers with an input that no quantizer gave
         self.images: set[str] = set()  # of these, layers that take what the model is given
         self.opened: set[OpenInput] = set()
-        self.first: str | None = None  # the first layer that ran; what it takes stays float
+        self.has_input: dict[OpenInput, bool] = {}  # of the layers that ran: whether any tensor goes through it
+        self.first: str | None = None  # the first layer that ran, of whatever kind; what it takes stays float
         self.outputs: dict[str, Tensor] = {}  # values that each ReLU's quantizer gave in this pass, sorted
         self.model_inputs: set[int] = set()  # data pointers
 
@@ -40,7 +41,14 @@ class LayerInputs:
             quant.skips.fill_(False)
 
     def finish(self, q: nn.Module) -> None:
-        """A quantizer that no tensor passed, and that may skip all of them, needs no scale."""
+        """A quantizer that no tensor passed, and that may skip all of them, needs no scale.
+
+        That of keys which are always the query is not used at all, and has no gradient that DistributedDataParallel waits for.
+        """
+        for quant, used in self.has_input.items():
+            if quant.idle == used:  # else the user may have frozen it
+                quant.requires_grad_(used)
+            quant.idle = not used
         for quant in _open_inputs(q):
             if bool(quant.skips):
                 quant.quant.calibrated = True
@@ -51,17 +59,24 @@ class LayerInputs:
             former = self.outputs.get(name, x.new_empty(0)).float().to(x.device)
             self.outputs[name] = torch.cat([former, sample_with_extremes(x)]).unique()
 
+    def begin_with(self, name: str) -> None:
+        """A layer with a weight ran or is to run: what others take later is not what the model was given."""
+        self.first = name if self.first is None else self.first
+
     def see(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a layer runs, with its arguments."""
-        self.first = name if self.first is None else self.first
+        self.begin_with(name)
         seen: list[Tensor] = []
         for place, argument, keyword in places(layer):
+            quant = getattr(layer, place)
+            if isinstance(quant, OpenInput):
+                self.has_input.setdefault(quant, False)
             x = args[argument] if len(args) > argument else kwargs.get(keyword)
             if not torch.is_tensor(x) or any(x is other for other in seen):  # attention quantizes one tensor once
                 continue
             seen.append(x)
-            quant = getattr(layer, place)
             if isinstance(quant, OpenInput):
+                self.has_input[quant] = True
                 image = quant.may_be_image and (name == self.first or x.data_ptr() in self.model_inputs)
                 if quant not in self.opened and (image or self.of_one_quantizer(x)):
                     self.floats |= {name} if image else set()

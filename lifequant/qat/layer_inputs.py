@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lifequant.qat.attention import QuantMultiheadAttention
 from lifequant.qat.convert_functions import Trace, is_shifted_windows
 from lifequant.qat.convert_inputs import Input, Inputs
-from lifequant.qat.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantReLU, Scheme, bits_by_name
+from lifequant.qat.layers import QuantReLU, Scheme, Weighted, bits_by_name
 from lifequant.quantizers.base import FakeQuant
 from lifequant.quantizers.inputs import input_quantizer
 
@@ -21,6 +21,8 @@ class OpenInput(nn.Module):
 
     ``skips`` is a buffer, so that every copy of the model's state has the decision. No branch reads it.
     """
+
+    idle = False  # whether the last calibration found that no tensor goes through it
 
     def __init__(self, quant: nn.Module, may_be_image: bool = True) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class OpenInput(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-TAKING = QuantConv2d | QuantLinear | QuantConvTranspose2d | QuantMultiheadAttention
+TAKING = Weighted | QuantMultiheadAttention
 
 
 def places(module: nn.Module) -> list[tuple[str, int, str]]:
@@ -101,6 +103,8 @@ def _found(
     if is_shifted_windows(around) and last == "proj":
         return Input(quantized=False, image=False)
     if isinstance(around, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        if last == "self_attn" and keyword != "query":
+            return Input(quantized=True, image=False)  # by the query's quantizer, for all three are one tensor
         if last == "linear1":
             return Input(quantized=False, image=False)
         if last == "linear2" and not isinstance(around.activation, nn.Module):

@@ -7,9 +7,9 @@ Scheme for them; in any other network, convert.py converts torch's layers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,21 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError, closest
+from lifequant.qat.growing import grow
 from lifequant.quantizers.base import BIT_WIDTHS, FakeQuant, Quantizer
 
 
-class _OwnFolding(nn.Module):
-    """A layer that torch's ``fuse_conv_bn_eval`` and ``fuse_linear_bn_eval`` must not fold: they set its weight."""
+class _OwnWeight(nn.Module):
+    """A layer whose weight may be set to one with more outputs, and then its quantizer grows (qat/growing.py).
+
+    torch's ``fuse_conv_bn_eval`` and ``fuse_linear_bn_eval`` must not fold it: they set its weight.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion":
             raise UserError(
                 f"torch's folding of BatchNorm changes the codes of a {type(self).__name__}: use lifequant.fold_batchnorm(q)"
             )
+        if name == "weight" and isinstance(value, Tensor):
+            grow(getattr(self, "weight_quant", None), value)
         super().__setattr__(name, value)
 
 
-class QuantConv2d(_OwnFolding, nn.Conv2d):
+class QuantConv2d(_OwnWeight, nn.Conv2d):
     """nn.Conv2d whose weight passes a fake-quantizer, and so does its input where it has an ``act_quant``.
 
     The constructor makes no bias; a converted layer keeps its bias in float.
@@ -54,19 +60,29 @@ class QuantConv2d(_OwnFolding, nn.Conv2d):
         return self._conv_forward(input, self.weight_quant(self.weight), self.bias)
 
 
-class QuantConvTranspose2d(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d whose input passes a fake-quantizer; its weight stays in float."""
+class QuantConvTranspose2d(_OwnWeight, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d whose weight passes a fake-quantizer, and so does its input where it has an ``act_quant``.
+
+    The weight is [in, out / groups, height, width]: its quantizer has one scale, for the first dimension is not the output's.
+    """
 
     @classmethod
-    def convert_(cls, conv: nn.ConvTranspose2d) -> None:
+    def convert_(cls, conv: nn.ConvTranspose2d, weight_quant: nn.Module) -> None:
+        """Make a QuantConvTranspose2d of ``conv``, in place."""
         conv.__class__ = cls
-        conv.act_quant = nn.Identity()
+        conv.weight_quant, conv.act_quant = weight_quant, None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return super().forward(self.act_quant(input), output_size)
+        if self.act_quant is not None:
+            input = self.act_quant(input)
+        added = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        weight = self.weight_quant(self.weight)
+        return F.conv_transpose2d(
+            input, weight, self.bias, self.stride, self.padding, added, self.groups, self.dilation
+        )
 
 
-class QuantLinear(_OwnFolding, nn.Linear):
+class QuantLinear(_OwnWeight, nn.Linear):
     """nn.Linear whose weight and input pass fake-quantizers; the bias stays in float."""
 
     float_input = False  # turned from torch's: qat/layer_inputs.py decides on its input
@@ -136,6 +152,12 @@ class Scheme:
         bits = self._bits(self.weight_bits, edge) if bits is None else bits
         return self.weights.weight(bits, cout if self.per_channel else None)
 
+    def weight_of(self, layer: nn.Module, edge: bool = False, bits: int | None = None) -> nn.Module:
+        """The quantizer of a layer's weight. That of nn.ConvTranspose2d has one scale, also where ``per_channel`` is set."""
+        if isinstance(layer, nn.ConvTranspose2d):
+            return replace(self, per_channel=False).weight(0, edge, bits)
+        return self.weight(layer.weight.shape[0], edge, bits)
+
     def conv(self, cin: int, cout: int, kernel: int, stride: int = 1, edge: bool = False) -> QuantConv2d:
         quant = self.weight(cout, edge)
         return QuantConv2d(cin, cout, kernel, stride, kernel // 2, quant)
@@ -148,10 +170,14 @@ class Scheme:
         return QuantReLU(self.activations.activation(self.act_bits))
 
 
+Weighted = QuantConv2d | QuantConvTranspose2d | QuantLinear
+TORCH_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
 def to_torch_layers(model: nn.Module) -> None:
     """Make torch's own layers of quantized layers, in place; their quantizers go, which at 32 bits do nothing."""
     for module in model.modules():
-        if isinstance(module, QuantConv2d | QuantLinear | QuantReLU):
+        if isinstance(module, Weighted | QuantReLU):
             for quantizer in ("weight_quant", "act_quant"):
                 module._modules.pop(quantizer, None)
             inplace, bound = getattr(module, "inplace", False), getattr(module, "bound", None)
@@ -161,14 +187,14 @@ def to_torch_layers(model: nn.Module) -> None:
                 if bound is not None:
                     module.min_val, module.max_val = 0.0, bound
             else:
-                module.__class__ = nn.Conv2d if isinstance(module, QuantConv2d) else nn.Linear
+                module.__class__ = next(kind for kind in TORCH_LAYERS if isinstance(module, kind))
                 module.__dict__.pop("float_input", None)
 
 
-def weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+def weight_layers(model: nn.Module) -> Iterator[tuple[str, Weighted]]:
     """(name, layer) of every layer that has a weight quantizer (nn.Identity at 32 bits included)."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
+        if isinstance(module, Weighted):
             yield name, module
 
 
@@ -179,29 +205,34 @@ def fake_quants(model: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
             yield name, module
 
 
-def set_layer_bits(model: nn.Module, scheme: Scheme, bits: Mapping[str, int | tuple[int, int]]) -> None:
+def set_layer_bits(
+    model: nn.Module,
+    scheme: Scheme,
+    bits: Mapping[str, int | tuple[int, int]],
+    float_weights: Container[str] = (),
+) -> None:
     """Give the layers that a pattern names quantizers of other bit-widths, in place; their steps must be set anew.
 
     ``bits`` is {pattern: bits, or (weight bits, activation bits)}; a pattern is a shell pattern of a layer's name, or of
     a block's, and then means all below it: ``layer3``, ``layer3.*``, ``*.conv1``. Of two that fit, the later holds.
-    Activations have their bits at a QuantReLU, or where a QuantLinear quantizes its input. Raises UserError for a
-    pattern that fits no layer and for bits that aren't offered.
+    Activations have their bits at a QuantReLU, or where a QuantLinear quantizes its input. Layers of ``float_weights`` keep
+    theirs in float. Raises UserError for a pattern that fits no layer and for bits that aren't offered.
     """
-    kinds = QuantConv2d | QuantConvTranspose2d | QuantLinear | QuantReLU
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Weighted | QuantReLU)}
     for pattern, value in bits.items():
         widths = tuple(value) if isinstance(value, tuple | list) else (value, value)
         if len(widths) != 2:
             raise UserError(f"layer_bits, {pattern!r}: {value} is neither bits nor (weight bits, activation bits)")
         for width in widths:
             check_bits(width, f"layer_bits, {pattern!r}")
-        fitting = [m for n, m in layers.items() if _fits(n, pattern)]
+        fitting = [n for n in layers if _fits(n, pattern)]
         if not fitting:
             blocks = {name.rsplit(".", cut)[0] for name in layers for cut in range(name.count(".") + 1)}
             near = closest(pattern.removesuffix(".*"), blocks) or f" (there are {', '.join(sorted(blocks)[:5])}, ...)"
             raise UserError(f"layer_bits: no quantized layer's name fits {pattern!r}{near}")
-        for layer in fitting:
-            _set_bits(layer, scheme, *widths)
+        for name in fitting:
+            if name not in float_weights:
+                _set_bits(layers[name], scheme, *widths)
     device = next((p.device for p in model.parameters()), None)
     for _, quant in fake_quants(model):
         quant.to(device)
@@ -220,8 +251,8 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _set_bits(layer: nn.Module, scheme: Scheme, weight_bits: int, act_bits: int) -> None:
-    if isinstance(layer, QuantConv2d | QuantLinear):
-        layer.weight_quant = scheme.weight(layer.weight.shape[0], bits=weight_bits)
+    if isinstance(layer, Weighted):
+        layer.weight_quant = scheme.weight_of(layer, bits=weight_bits)
     if isinstance(layer, QuantReLU) or (isinstance(layer, QuantLinear) and not layer.float_input):
         layer.act_quant = scheme.activations.activation(act_bits)
 

@@ -31,6 +31,8 @@ class APoT(FakeQuant):
     and activations differ.
     """
 
+    tables = ("levels", "middles")
+
     def __init__(self, bits: int, levels: list[float], zero: int, alpha: float, channels: int | None = None) -> None:
         super().__init__(bits, -zero, len(levels) - 1 - zero)
         self.channels, self.zero = channels, zero

@@ -84,6 +84,7 @@ class FakeQuant(nn.Module):
     keeps_range = True  # x_q is near x, whatever mean and scale x has
     of_codes: tuple[str, ...] = ()  # names of parameters that say which code x has, and not what a code stands for
     weight_decay = False  # whether the optimizer decays its parameters, as PACT's L2 on the clipping level does
+    tables: tuple[str, ...] = ()  # buffers that have no entry for each channel
     unlike: str | None = None  # the kind of a state that was not taken over, since it is of another
 
     def __init__(self, bits: int, qn: int, qp: int) -> None:
@@ -233,8 +234,18 @@ class FakeQuant(nn.Module):
 
     @staticmethod
     def broadcast_channels(value: Tensor, x: Tensor) -> Tensor:
-        """``value`` itself if it is a scalar; a value [C] in a shape that broadcasts over ``x`` [C, ...]."""
-        return value if value.numel() == 1 else value.view(-1, *[1] * (x.dim() - 1))
+        """``value`` itself if it is a scalar; a value [C] in a shape that broadcasts over ``x`` [C, ...].
+
+        Raises UserError where ``x`` has another number of channels.
+        """
+        if value.numel() == 1:
+            return value
+        if value.numel() != x.shape[0]:
+            raise UserError(
+                f"a weight has {x.shape[0]} output channels and its quantizer scales for {value.numel()}: let a layer grow by "
+                "layer.weight = nn.Parameter(...), which its quantizer takes part in, and not by layer.weight.data"
+            )
+        return value.view(-1, *[1] * (x.dim() - 1))
 
     @staticmethod
     def channel_rows(x: Tensor, channels: int | None) -> Tensor:
