@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, positive, standardize
 from lifequant.registry import register
 
+FEW = 16  # levels
+
 
 def powers_of_two(bits: int) -> list[float]:
     """The 2^bits levels of a magnitude, sorted, from 0 to 1 (sec. 2.2, with base bit-width k = 2).
@@ -40,6 +42,10 @@ class APoT(FakeQuant):
         middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("middles", torch.tensor(middles), persistent=False)
+        self.values, self.between = (
+            self.levels.tolist(),
+            self.middles.tolist(),
+        )  # the same, as constants of a compiled step
 
     def fractional_code(self, t: Tensor) -> Tensor:
         """Real-valued code of ``t``, linear between levels and beyond the last: halfway between two is the code + 1/2."""
@@ -50,6 +56,15 @@ class APoT(FakeQuant):
     def nearest(self, t: Tensor) -> Tensor:
         """int64 indices of the levels nearest to ``t``, from 0 on: the rounded ``fractional_code``, in one look-up."""
         return torch.bucketize(t.detach().contiguous(), self.middles)
+
+    def nearest_level(self, t: Tensor) -> Tensor:
+        """The level nearest to ``t``, of the same shape. Compiled, a few comparisons are many times faster than a look-up."""
+        if not torch.compiler.is_compiling() or len(self.values) > FEW:
+            return self.levels[self.nearest(t)]
+        found = torch.full_like(t, self.values[0])
+        for middle, value in zip(self.between, self.values[1:], strict=True):
+            found = torch.where(t > middle, value, found)
+        return found
 
     def level(self, u: Tensor) -> Tensor:
         """The inverse of ``fractional_code``; a whole code gives its level exactly."""
@@ -77,7 +92,7 @@ class APoT(FakeQuant):
         if not self.rounding:
             return t
         clipped = t.clamp(-1 if self.zero else 0, 1)
-        return (clipped - clipped.detach()) + self.levels[self.nearest(t)]  # in this order it stays channels-last
+        return (clipped - clipped.detach()) + self.nearest_level(t.detach())  # in this order it stays channels-last
 
     def scale(self) -> Tensor:
         """The smallest distance between two neighboring values, which is the one beside 0."""
