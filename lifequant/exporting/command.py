@@ -32,6 +32,7 @@ from lifequant.data.augment import normalize
 from lifequant.exporting import run, trained
 from lifequant.exporting.parity import Parity, compare
 from lifequant.exporting.trained import Images, Trained
+from lifequant.qat.layers import fake_quants
 from lifequant.qat.packing import packed_model_bytes
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
             f"--out {out}: {'that is a folder' if out.is_dir() else 'its folder is not there'}: name a file"
         )
     images = images_of(args, source)
+    say(f"{source.path}: the network and its file will see {len(images.test)} {images.name}")
     return _packed(source, images, out) if args.format == "packed" else _onnx(args, source, images, out)
 
 
@@ -112,6 +114,9 @@ def check_onnx(source: Trained, images: Images, form: str, weights: str) -> tupl
 def _onnx(args: argparse.Namespace, source: Trained, images: Images, out: Path) -> int:
     weights = args.weights or "int8"
     form = args.integer or DEFAULT_FORM[weights]
+    if not any(True for _ in fake_quants(source.model)):
+        say("the network has 32 bits, so the file is a float one")
+        form = "exact"
     made, parity = check_onnx(source, images, form, weights)
     for note in made.notes:
         say(note)

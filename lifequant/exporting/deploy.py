@@ -141,8 +141,7 @@ def _weight(quant: FakeQuant, weight: Tensor, where: str, fast: bool, notes: lis
     found = integers.weight_codes(quant, weight)
     if found is not None and found.fits(-128, 127):
         return StoredWeight(found)
-    values = quant(weight)
-    levels = len(values.unique()) if quant.channels is None else quant.qp - quant.qn + 1
+    values, levels = quant(weight), len(quant.codes(weight).unique())
     if fast:
         notes.append(f"{where}: its {levels} values are rounded to int8 codes, with a scale for each channel")
         return StoredWeight(integers.rounded_to_8_bits(values))
