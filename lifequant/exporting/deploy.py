@@ -25,6 +25,7 @@ from lifequant.qat.layers import fake_quants
 from lifequant.quantizers.base import FakeQuant
 
 DOMAIN = "lifequant"
+Notes = dict[str, list[str]]  # {text: quantizers}
 
 
 def placeholder(name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, **attributes: object) -> Tensor:
@@ -101,7 +102,7 @@ class FromBytes(nn.Module):
 def deployed(q: nn.Module, fast: bool) -> tuple[nn.Module, list[str]]:
     """(a copy of ``q`` on the CPU in eval mode with placeholders and without BatchNorm where it can be folded, notes).
 
-    A note says what could not become integers as it is. Raises UserError for scales that are not set.
+    A note says what could not become integers as it is, and where. Raises UserError for scales that are not set.
     """
     for name, quant in fake_quants(q):
         if quant.state_dict() and not quant.calibrated:
@@ -109,7 +110,7 @@ def deployed(q: nn.Module, fast: bool) -> tuple[nn.Module, list[str]]:
     q = copied(q, "export").cpu().eval()
     pairs = foldable(q)
     q = fold_batchnorm(q, pairs) if pairs else q
-    notes: list[str] = []
+    notes: Notes = {}
     replaced: dict[int, nn.Module] = {}  # layers may share a quantizer
     for name, module in list(q.named_modules()):
         if isinstance(module, FakeQuant | OpenInput):
@@ -134,22 +135,22 @@ def deployed(q: nn.Module, fast: bool) -> tuple[nn.Module, list[str]]:
                 )
                 replaced[id(quant)] = made
             setattr(module, attribute, replaced[id(quant)])
-    return q, notes
+    return q, [f"{_named(where)}: {text}" for text, where in notes.items()]
 
 
-def _weight(quant: FakeQuant, weight: Tensor, where: str, fast: bool, notes: list[str]) -> nn.Module:
+def _weight(quant: FakeQuant, weight: Tensor, where: str, fast: bool, notes: Notes) -> nn.Module:
     found = integers.weight_codes(quant, weight)
     if found is not None and found.fits(-128, 127):
         return StoredWeight(found)
     values, levels = quant(weight), len(quant.codes(weight).unique())
     if fast:
-        notes.append(f"{where}: its {levels} values are rounded to int8 codes, with a scale for each channel")
+        _note(notes, where, f"{levels} values of a weight are rounded to int8 codes, with a scale for each channel")
         return StoredWeight(integers.rounded_to_8_bits(values))
-    notes.append(f"{where}: no int8 codes give its {levels} values: the layer computes in float with these values")
+    _note(notes, where, f"no int8 codes give the {levels} values of a weight, so the layer computes in float with them")
     return FloatWeight(values)
 
 
-def _activation(quant: FakeQuant, where: str, fast: bool, notes: list[str]) -> nn.Module:
+def _activation(quant: FakeQuant, where: str, fast: bool, notes: Notes) -> nn.Module:
     found = integers.activation_levels(quant)
     if isinstance(found, Steps):
         if not found.offset or not fast:
@@ -157,10 +158,17 @@ def _activation(quant: FakeQuant, where: str, fast: bool, notes: list[str]) -> n
         found = integers.as_levels(found)
     if (exact := integers.integer_levels(found)) is not None:
         return StoredLevels(found, *exact)
+    levels = len(found.values)
     if fast:
-        notes.append(f"{where}: its {len(found.values)} values are rounded to multiples of one step, 8 bits of them")
+        _note(notes, where, f"{levels} values of an input are rounded to multiples of one step, 8 bits of them")
         return StoredLevels(found, *integers.on_grid(found))
-    notes.append(
-        f"{where}: 8 bits do not hold its {len(found.values)} values: the layer computes in float with these values"
-    )
-    return StoredLevels(found, torch.arange(len(found.values), dtype=torch.uint8), None)
+    _note(notes, where, f"8 bits do not hold the {levels} values of an input, so the layer computes in float with them")
+    return StoredLevels(found, torch.arange(levels, dtype=torch.uint8), None)
+
+
+def _note(notes: Notes, where: str, text: str) -> None:
+    notes.setdefault(text, []).append(where)
+
+
+def _named(where: list[str]) -> str:
+    return ", ".join(where) if len(where) <= 3 else f"{where[0]} and {len(where) - 1} more"
