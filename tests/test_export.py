@@ -177,8 +177,10 @@ def test_signed_inputs_and_relu6(tmp_path):
             x = x + self.out(self.deep(self.wide(x)))
             return self.fc(x.mean((2, 3)))
 
-    x = 3 * torch.randn(64, 3, 8, 8)
-    q = lifequant.quantize_model(Block(), first_last_bits=4)
+    x, block = 3 * torch.randn(64, 3, 8, 8), Block()
+    block.deep[1].weight.data[:2] = 0.0  # channels that are dead, one of them with a bias
+    block.deep[1].bias.data[0] = 0.5
+    q = lifequant.quantize_model(block, first_last_bits=4)
     lifequant.calibrate(q, [x], train=True)
     q.eval()
     exact = api.export(q, tmp_path / "q.onnx", x[:1], "exact", calibration=[x])
@@ -187,6 +189,10 @@ def test_signed_inputs_and_relu6(tmp_path):
     assert (fast.integer_convolutions, fast.float_convolutions) == (4, 0) and fast.parity.equal > 80
     kernels = run.kernels((tmp_path / "q.onnx").read_bytes())
     assert kernels["QGemm"] == 1 and not kernels["Gemm"]
+    api.export(q, tmp_path / "small.onnx", x[:1], "fast", "int4", [x])
+    stored = onnx.load(tmp_path / "small.onnx").graph.initializer
+    types = [t.data_type for t in stored if t.name.startswith("codes")]
+    assert types.count(onnx.TensorProto.INT4) == 5
     for batch in (1, 3):  # n is free
         assert run.outputs((tmp_path / "q.onnx").read_bytes(), [x[:batch].numpy()]).shape == (batch, 5)
 

@@ -8,6 +8,8 @@ exact.py       nothing is rounded that training did not round
 lower.py       placeholders become ONNX's own operators
 run.py         onnxruntime: predictions, ranges of tensors, what its optimized graph computes in integers
 parity.py      both networks on the same images
-onnx_file.py   all of it, in order: ``lifequant.export``
+onnx_file.py   all of it, in order
+api.py         ``lifequant.export``, for any network of ``quantize_model``
+trained.py     a run's network, and the images to check it with
 command.py     the verb ``lifequant export``
 """

@@ -16,16 +16,20 @@ from lifequant.exporting.deploy import DOMAIN
 from lifequant.exporting.graph import Graph, array, number, only_user, placeholder_of
 
 Range = tuple[float, float]
+SMALLEST = 1e-30  # scale of a channel that gives 0
 
 
-def make_fast(graph: Graph, measure: Callable[[list[str]], Mapping[str, Range]]) -> None:
-    """Put the quantizers, in place. ``measure`` gives (low, high) of the tensors that it is given by name."""
+def make_fast(graph: Graph, measure: Callable[[list[str]], Mapping[str, Range]], wide: bool = True) -> None:
+    """Put the quantizers, in place. ``measure`` gives (low, high) of the tensors that it is given by name.
+
+    With ``wide``, codes of weights take all of int8 (see ``_store_bias``).
+    """
     wanted = _without_quantizer(graph)
     ranges = measure([value.name for value in wanted])
     for value in wanted:
         _quantize(graph, value, *ranges[value.name])
     for node in graph.nodes("Conv", "Gemm"):
-        _store_bias(graph, node)
+        _store_bias(graph, node, wide)
     graph.clean()
 
 
@@ -91,23 +95,21 @@ def _next(node: ir.Node) -> ir.Node:
     return nodes[nodes.index(node) + 1]
 
 
-def _store_bias(graph: Graph, node: ir.Node) -> None:
+def _store_bias(graph: Graph, node: ir.Node, wide: bool) -> None:
     """An integer convolution's bias is int32, in units of its sums.
 
     A unit may be a percent of the quantizer's step behind it, too coarse where values lie near the middle of two codes. So
-    the weights' codes are multiplied by the power of two that int8 has room for, and their scale is divided by it.
+    the weights' codes are multiplied by the power of two that int8 has room for, and their scale is divided by it. A channel
+    that is nearly all bias keeps it, and less of the rest.
     """
     codes, weight = placeholder_of(node.inputs[0], "Dequantize"), placeholder_of(node.inputs[1], "Weight")
     bias = array(node.inputs[2]) if len(node.inputs) > 2 else None
     if codes is None or weight is None or bias is None or number(codes, "offset"):
         return
     stored, scale = array(weight.inputs[0]), array(weight.inputs[1]).astype(np.float64)
-    room = int(np.log2(127 / max(int(np.abs(stored.astype(int)).max()), 1)))
+    room = int(np.log2(127 / max(int(np.abs(stored.astype(int)).max()), 1))) if wide else 0
     scale = np.broadcast_to(scale / 2**room, bias.shape)
-    least = (
-        np.abs(bias) / 2**30 / number(codes, "scale")
-    )  # a channel that is nearly all bias keeps it, and less of the rest
-    wider = np.maximum(scale, least)
+    wider = np.maximum(scale, np.abs(bias) / 2**30 / number(codes, "scale")).clip(min=SMALLEST)
     fitted = stored * (2**room * scale / wider).reshape(-1, *[1] * (stored.ndim - 1))
     inputs = [
         graph.constant(np.rint(fitted).astype(np.int8), "codes"),

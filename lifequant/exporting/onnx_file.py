@@ -63,7 +63,7 @@ def make_onnx(
             probe.graph.outputs.extend(v for node in probe.graph for v in node.outputs if v.name in names)
             return ranges(probe.bytes(), names, batches)
 
-        make_fast(graph, measure)
+        make_fast(graph, measure, wide=weights == "int8")
     else:
         make_exact(graph, weights == "int8")
     lower(graph, int4=weights == "int4", in_float=integer == "exact")
