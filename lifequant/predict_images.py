@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from lifequant.data.augment import normalize
 from lifequant.data.create.class_folders import EXTENSIONS
 from lifequant.data.decode import decode, is_image, quiet
 from lifequant.predict import load
+from lifequant.runtime.onnx_session import session
 
 NAMED = 5  # images that can't be read, in the last line
 
@@ -109,24 +109,14 @@ def open_onnx(path: Path) -> Classifier:
     Its input is ``images``, uint8 [n, 3, H, H], its output ``logits``, float32 [n, C], with any n. Its metadata has
     ``class_names``, a JSON list of C texts. It normalizes the images itself.
     """
-    try:
-        onnxruntime = import_module("onnxruntime")
-    except ImportError:
-        raise UserError('ONNX files need the package onnxruntime: pip install "lifequant[export]"') from None
     if not path.is_file():
         raise UserError(f"{path}: no such model")
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4  # errors are raised
-    settings.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # it has no base class of its own
-        raise UserError(f"{path}: onnxruntime can't read it ({short(error)}): export it anew") from None
-    size, names = _contract(path, session)
+    running = session(path, torch.get_num_threads())
+    size, names = _contract(path, running)
 
     def logits(images: Tensor) -> Tensor:
         try:
-            (found,) = session.run(["logits"], {"images": images.numpy()})
+            (found,) = running.run(["logits"], {"images": images.numpy()})
         except Exception as error:
             raise UserError(f"{path}: onnxruntime can't run it ({short(error)}): export it anew") from None
         if found.shape != (len(images), len(names)):
@@ -138,14 +128,14 @@ def open_onnx(path: Path) -> Classifier:
     return Classifier(names, size, logits)
 
 
-def _contract(path: Path, session: Any) -> tuple[int, list[str]]:
+def _contract(path: Path, running: Any) -> tuple[int, list[str]]:
     """(image size, class names) of an ONNX model. Raises UserError for one that is not as ``lifequant export`` writes it."""
 
     def refuse(why: str) -> UserError:
         return UserError(f"{path}: not as lifequant export writes it: {short(why)}")
 
     inputs, outputs = (
-        [(x.name, x.type, x.shape) for x in put] for put in (session.get_inputs(), session.get_outputs())
+        [(x.name, x.type, x.shape) for x in put] for put in (running.get_inputs(), running.get_outputs())
     )
     match inputs:
         case [("images", "tensor(uint8)", [free, 3, int(height), int(width)])] if (
@@ -155,7 +145,7 @@ def _contract(path: Path, session: Any) -> tuple[int, list[str]]:
         case _:
             raise refuse(f"its input is not images, uint8 [n, 3, H, H], but {inputs}")
     try:
-        names = json.loads(session.get_modelmeta().custom_metadata_map.get("class_names", ""))
+        names = json.loads(running.get_modelmeta().custom_metadata_map.get("class_names", ""))
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -196,6 +186,19 @@ def _below(top: Path) -> Iterator[Path]:
                 yield path
 
 
+def decoded(files: Sequence[Path], size: int) -> list[Tensor | UserError]:
+    """uint8 [3, size, size] of each image, or why it can't be read."""
+
+    def read(file: Path) -> Tensor | UserError:
+        try:
+            return decode(file, size)[0]
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
+        return list(pool.map(read, files))
+
+
 def predict(
     classifier: Classifier, files: Sequence[tuple[Path, bool]], topk: int, unreadable: list[Path]
 ) -> list[Prediction]:
@@ -204,14 +207,7 @@ def predict(
     Raises UserError for an image that was named itself and can't be read, and for logits that are not finite.
     """
 
-    def read(file: tuple[Path, bool]) -> Tensor | UserError:
-        try:
-            return decode(file[0], classifier.image_size)[0]
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
-        images = list(pool.map(read, files))
+    images = decoded([path for path, _ in files], classifier.image_size)
     for (path, named), image in zip(files, images, strict=True):
         if isinstance(image, UserError):
             if named:

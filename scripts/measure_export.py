@@ -6,7 +6,6 @@ python scripts/measure_export.py RUN [RUN ...] [--out docs/export_table.md]
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     print(*lines, sep="\n", flush=True)
     for folder in args.runs:
         source = load_trained(Path(folder), None)
-        images = images_of(Namespace(images=args.images), source)
+        images = images_of(source, args.images)
         for form, weights in FORMS:
             made, parity = check_onnx(source, images, form, weights)
             whole, in_float = run.convolutions(run.kernels(made.content))

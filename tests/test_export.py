@@ -15,6 +15,7 @@ from lifequant.exporting.parity import compare
 from lifequant.qat.folding import FoldedWeight
 from lifequant.qat.layers import QuantConv2d, QuantReLU, fake_quants
 from lifequant.quantizers.base import BIT_WIDTHS, FakeQuant
+from lifequant.runtime.onnx_session import session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -151,7 +152,7 @@ def test_every_quantizer_in_every_form(nine, tmp_path, integer, weights):
 
 def refuse_slow_weights(path):
     """onnxruntime has the weights of a float convolution as constants, and an integer one's are unsigned."""
-    run.session(path, 1, str(path.with_name("optimized.onnx")))
+    session(path, 1, str(path.with_name("optimized.onnx")))
     graph = onnx.load(path.with_name("optimized.onnx")).graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
@@ -249,7 +250,7 @@ def test_no_file_where_predictions_differ(trained, capsys, monkeypatch):
         (["--task", "7"], "there are tasks 0, 1"),
         (["--format", "packed", "--integer", "exact"], "--integer and --weights are of --format onnx"),
         (["--out", "nowhere/at/all.onnx"], "its folder is not there"),
-        (["--images", "nowhere"], "no image is there"),
+        (["--images", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_bad_input(trained, capsys, flags, text):

@@ -231,6 +231,4 @@ def test_torchs_own_folding_is_refused():
     linear = quantized(nn.Flatten(), nn.Linear(768, 4), nn.BatchNorm1d(4))
     with pytest.raises(UserError, match="fold_batchnorm"):
         fuse_linear_bn_eval(linear[1], linear[2])
-    with pytest.raises((AssertionError, NotImplementedError)):  # torch's own error: it looks layers up by their class
-        torch.ao.quantization.fuse_modules(q, [["0", "1"]])
     q[0].weight = nn.Parameter(q[0].weight.detach() * 2)  # anybody else may set it

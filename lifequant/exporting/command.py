@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lifequant import options
 from lifequant.checkpointing import checkpoint
 from lifequant.checkpointing.packed import load_packed, write_packed
 from lifequant.common.arguments import Parser, int_at_least
@@ -54,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--out {out}: {'that is a folder' if out.is_dir() else 'its folder is not there'}: name a file"
         )
-    images = images_of(args, source)
+    images = images_of(source, args.images)
     say(f"{source.path}: the network and its file will see {len(images.test)} {images.name}")
     return _packed(source, images, out) if args.format == "packed" else _onnx(args, source, images, out)
 
@@ -81,21 +80,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _form(args: argparse.Namespace) -> tuple[str, str]:
+    """(``--integer``, ``--weights``)"""
+    weights = args.weights or "int8"
+    return args.integer or DEFAULT_FORM[weights], weights
+
+
 def _file_name(args: argparse.Namespace) -> str:
     if args.format == "packed":
         return "model.safetensors"
-    weights = args.weights or "int8"
-    form = args.integer or DEFAULT_FORM[weights]
+    form, weights = _form(args)
     kinds = [form] * (form != DEFAULT_FORM[weights]) + [weights] * (weights != "int8")
     return "_".join(["model", *kinds]) + ".onnx"
 
 
-def images_of(args: argparse.Namespace, source: Trained) -> Images:
-    """Those of ``--images``, or the run's, or random ones where these can't be had."""
-    if args.images:
-        return trained.images_of_folder(Path(args.images), source)
+def images_of(source: Trained, folder: str | None) -> Images:
+    """Those of a folder, or the run's, or random ones where these can't be had."""
+    if folder:
+        return trained.images_of_folder(folder, source)
     try:
-        return trained.images_of_run(source, options.make())
+        return trained.images_of_run(source)
     except UserError as error:
         say(f"the run's images can't be had ({error}), so random ones are taken: --images names others")
         return trained.random_images(source)
@@ -112,8 +116,7 @@ def check_onnx(source: Trained, images: Images, form: str, weights: str) -> tupl
 
 
 def _onnx(args: argparse.Namespace, source: Trained, images: Images, out: Path) -> int:
-    weights = args.weights or "int8"
-    form = args.integer or DEFAULT_FORM[weights]
+    form, weights = _form(args)
     if not any(True for _ in fake_quants(source.model)):
         say("the network has 32 bits, so the file is a float one")
         form = "exact"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from lifequant.exporting.graph import Graph, array, number, placeholder_of
 
@@ -34,7 +35,7 @@ def _convolution(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -
     stored, scale = array(weight.inputs[0]), array(weight.inputs[1]).astype(np.float64)
     shape = (1, -1, *[1] * (stored.ndim - 2))
     zeros = [graph.constant(np.uint8(value), "zero") for value in (number(codes, "zero"), 128)]
-    # onnxruntime's kernel for signed weights is several times as slow, and version 1.20 has none
+    # onnxruntime's kernel for signed weights is slower, and version 1.20 has none
     unsigned = graph.constant((stored.astype(np.int16) + 128).astype(np.uint8), "codes")
     kept = {a.name: a for a in node.attributes.values()}
     inputs = [codes.inputs[0], unsigned, *zeros]
@@ -51,8 +52,6 @@ def _convolution(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -
 
 def _reached(node: ir.Node, codes: ir.Node, stored: np.ndarray) -> np.ndarray:
     """conv(1, codes of the weight): how much weight lies inside the image at each place, float64 [1, C, H, W]."""
-    import torch
-
     names = {"pads": [0] * 4, "strides": [1, 1], "dilations": [1, 1]}
     pads, strides, dilations = (list(node.attributes[n].value) if n in node.attributes else d for n, d in names.items())
     size = [int(side) for side in node.inputs[0].shape[2:]]

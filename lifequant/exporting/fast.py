@@ -72,7 +72,7 @@ def _quantize(graph: Graph, value: ir.Value, low: float, high: float) -> None:
     scale = float(np.float32(max(high - low, 1e-8) / 255))
     zero = round(-low / scale)
     users = list(value.uses())
-    first = users[0].node if value.producer() is None else _next(value.producer())
+    first = users[0].node  # clean() brings all into order
     codes = graph.add(
         first,
         "Quantize",
@@ -88,11 +88,6 @@ def _quantize(graph: Graph, value: ir.Value, low: float, high: float) -> None:
     back = graph.add(first, "Dequantize", [codes], ir.DataType.FLOAT, DOMAIN, scale=scale, offset=0.0, zero=zero)
     for user in users:
         user.node.replace_input_with(user.idx, back)
-
-
-def _next(node: ir.Node) -> ir.Node:
-    nodes = list(node.graph)
-    return nodes[nodes.index(node) + 1]
 
 
 def _store_bias(graph: Graph, node: ir.Node, wide: bool) -> None:

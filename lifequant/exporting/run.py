@@ -7,12 +7,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import import_module, metadata
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lifequant.common.errors import UserError
+from lifequant.runtime.onnx_session import session
 
 OLDEST = {"onnxruntime": (1, 20), "onnx": (1, 17), "onnxscript": (0, 5), "torch": (2, 8)}  # INT4; symbolic operators
 INTEGER = ("QLinearConv", "ConvInteger")
@@ -35,25 +34,6 @@ def needed(*names: str) -> None:
 
 def _is_gpu_build() -> bool:
     return any(d.metadata["Name"] == "onnxruntime-gpu" for d in metadata.distributions())
-
-
-def session(model: bytes | str | Path, threads: int = 0, optimized: str | None = None) -> Any:
-    """An onnxruntime session on the CPU; 0 threads are as many as there are cores. Raises UserError for a broken file."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if optimized:
-        options.optimized_model_filepath = optimized
-    try:
-        return onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # of a dozen types
-        where = "the exported graph" if isinstance(model, bytes) else str(model)
-        first = str(error).splitlines()[0]
-        raise UserError(f"{where}: onnxruntime can't load it: {first}") from error
 
 
 def outputs(model: bytes, batches: Iterable[np.ndarray], threads: int = 0) -> np.ndarray:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import lifequant
+from lifequant import options
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.data.dataset import load_dataset
-from lifequant.data.decode import decode, is_image
 from lifequant.evaluate_only import settings_of_run, with_data_of
 from lifequant.predict import load
+from lifequant.predict_images import decoded, image_files
 
 CALIBRATION = 512  # training images
 RANDOM = 256  # images, where there are no others
@@ -93,31 +94,39 @@ class Images:
     calibration: Tensor
 
 
-def images_of_run(trained: Trained, config: Config) -> Images:
+def images_of_run(trained: Trained) -> Images:
     """The test images of the run's tasks so far, and some training images. Raises UserError."""
-    data = load_dataset(with_data_of(config, trained.settings, (), trained.path), torch.device("cpu"), lambda _: None)
+    data = load_dataset(
+        with_data_of(options.make(), trained.settings, (), trained.path), torch.device("cpu"), lambda _: None
+    )
     if len(trained.model.class_names) != data.num_classes:
         raise UserError(f"{trained.path}: it has {len(trained.model.class_names)} classes, its data {data.num_classes}")
     tasks = len(data.ids) if trained.task is None else trained.task + 1
     test = torch.tensor(sorted(set().union(*data.test_rows[:tasks])))
     train = torch.tensor(sorted(set().union(*data.new_rows[:tasks])))
-    train = train[torch.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).long()]
+    train = train[evenly(len(train), CALIBRATION)]
     return Images(
         "test images of the run", data.test.images[test], data.test.labels[test].numpy(), data.train.images[train]
     )
 
 
-def images_of_folder(folder: Path, trained: Trained) -> Images:
-    """Images in class folders, or without classes; every second one is for calibration. Raises UserError."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and is_image(p)) if folder.is_dir() else []
-    if not files:
-        raise UserError(f"--images {folder}: no image is there")
-    pixels = torch.stack([decode(file, trained.model.image_size)[0] for file in files])
+def images_of_folder(folder: str, trained: Trained) -> Images:
+    """Images in class folders, or without classes, also to calibrate on. Raises UserError where there are none."""
+    files = [path for path, _ in image_files([folder])]
+    images = decoded(files, trained.model.image_size)
+    read = [(path, image) for path, image in zip(files, images, strict=True) if isinstance(image, Tensor)]
+    if not read:
+        raise images[0]
     names = trained.model.class_names
-    labels = np.array([names.index(p.parent.name) if p.parent.name in names else -1 for p in files])
-    known = bool((labels >= 0).all())
-    calibration = pixels[torch.linspace(0, len(pixels) - 1, min(CALIBRATION, len(pixels))).long()]
-    return Images(f"images in {folder}", pixels, labels if known else None, calibration)
+    labels = [names.index(path.parent.name) if path.parent.name in names else -1 for path, _ in read]
+    pixels = torch.stack([image for _, image in read])
+    chosen = pixels[evenly(len(pixels), CALIBRATION)]
+    return Images(f"images in {folder}", pixels, None if -1 in labels else np.array(labels), chosen)
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """int64: at most ``most`` places of ``count``."""
+    return torch.linspace(0, count - 1, min(most, count)).long()
 
 
 def random_images(trained: Trained) -> Images:

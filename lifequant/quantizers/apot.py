@@ -42,10 +42,8 @@ class APoT(FakeQuant):
         middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("middles", torch.tensor(middles), persistent=False)
-        self.values, self.between = (
-            self.levels.tolist(),
-            self.middles.tolist(),
-        )  # the same, as constants of a compiled step
+        # the same, as constants of a compiled step
+        self.values, self.between = self.levels.tolist(), self.middles.tolist()
 
     def fractional_code(self, t: Tensor) -> Tensor:
         """Real-valued code of ``t``, linear between levels and beyond the last: halfway between two is the code + 1/2."""
@@ -58,7 +56,7 @@ class APoT(FakeQuant):
         return torch.bucketize(t.detach().contiguous(), self.middles)
 
     def nearest_level(self, t: Tensor) -> Tensor:
-        """The level nearest to ``t``, of the same shape. Compiled, a few comparisons are many times faster than a look-up."""
+        """The level nearest to ``t``, of the same shape. Compiled, a few comparisons are faster than a look-up."""
         if not torch.compiler.is_compiling() or len(self.values) > FEW:
             return self.levels[self.nearest(t)]
         found = torch.full_like(t, self.values[0])

@@ -40,6 +40,7 @@ from lifequant.exporting import run
 from lifequant.models.build import build
 from lifequant.qat.calibration import calibrate_network
 from lifequant.runtime.device import wants_compile
+from lifequant.runtime.onnx_session import session
 
 BASE = "float_onnx"
 FORMS = {BASE: ("exact", "int8"), "fast": ("fast", "int8"), "exact": ("exact", "int8"), "int4": ("exact", "int4")}
@@ -112,9 +113,9 @@ def torch_pass(model: nn.Module, case: Case, compiled: bool) -> Pass:
     return predict
 
 
-def onnx_pass(session: Any, batch: int) -> Pass:
+def onnx_pass(running: Any, batch: int) -> Pass:
     images = random_images(batch).numpy()
-    return lambda: session.run(None, {"images": images})[0]
+    return lambda: running.run(None, {"images": images})[0]
 
 
 def build_all(rows: Sequence[str], name: str, cases: Sequence[Case]) -> tuple[dict, dict, dict]:
@@ -127,7 +128,7 @@ def build_all(rows: Sequence[str], name: str, cases: Sequence[Case]) -> tuple[di
             content = write_file(models[32 if row == BASE else 4], *FORMS[row])
             whole, in_float = run.convolutions(run.kernels(content))
             files[row] = {"bytes": len(content), "integer_convolutions": whole, "float_convolutions": in_float}
-            sessions = {threads: run.session(content, threads) for threads, _ in cases}
+            sessions = {threads: session(content, threads) for threads, _ in cases}
             passes[row] = {case: onnx_pass(sessions[case[0]], case[1]) for case in cases}
         elif row == "float_compiled" and not wants_compile(
             options.make(), torch.device("cpu"), 10**9, lambda text: None
