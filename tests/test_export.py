@@ -269,9 +269,11 @@ def test_parity_counts_what_chance_can_not_explain():
     network = np.eye(2)[np.zeros(1000, int)]
     worse = np.eye(2)[(np.arange(1000) < 10).astype(int)]  # ten right ones become wrong, and none right
     assert "loses 1.00 points" in compare(network, worse, labels).failure("fast")
+    assert not compare(network, worse, labels).excuse()
     both = np.eye(2)[
         (np.arange(1000) < 40).astype(int)
     ]  # 40 wrong ones here, 36 of which are right there, and 40 others
     moved = np.eye(2)[((np.arange(1000) >= 36) & (np.arange(1000) < 80)).astype(int)]
     parity = compare(both, moved, labels)
     assert parity.lost == pytest.approx(0.4) and not parity.failure("fast") and parity.failure("exact")
+    assert "the loss of 0.40 points may be chance" in parity.excuse()

@@ -154,6 +154,8 @@ def _decide(parity: Parity, failure: str, images: Images, out: Path, content: by
     if failure:
         print(f"lifequant: error: {out} is not written: {failure}", file=sys.stderr)
         return 1
+    if excuse := parity.excuse():
+        say(excuse)
     checkpoint.write_bytes(out, content)
     say(f"wrote {out} ({len(content):,} bytes)")
     return 0

@@ -30,6 +30,15 @@ class Parity:
         )
         return f"{tops}{self.equal:.2f} % equal predictions, largest difference of logits {self.difference:.2g}"
 
+    def excuse(self) -> str:
+        """Why a loss above what is allowed does not count; empty where there is none."""
+        if not FAST_LOSS < self.lost <= self.noise:
+            return ""
+        return (
+            f"the loss of {self.lost:.2f} points may be chance: up to {self.noise:.2f} is, where so many of {self.images} "
+            "predictions change; more images (--images) tell more"
+        )
+
     def failure(self, form: str) -> str:
         """Why the file must not be kept; empty if it may.
 
