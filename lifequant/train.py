@@ -26,6 +26,7 @@ from lifequant.data.dataset import load_dataset
 from lifequant.data.replay import epoch_order
 from lifequant.data.task import Batch, Task
 from lifequant.losses import distillation
+from lifequant.models.build import check_model
 from lifequant.results import curves, results
 from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
@@ -210,6 +211,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         stack.callback(log.close)
         for line in notes:
             log.say(line)
+        check_model(config)
         dataset = distributed.one_first(lambda: load_dataset(config, device, log.say))
         stack.enter_context(run_folder.locked(Path(config.job_dir), log.say))
         state = run_folder.check(config, log.say)
