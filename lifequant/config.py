@@ -214,7 +214,9 @@ class Config:
         path=True,
     )
     source_weights: str | None = flag(
-        None, QUANT, "pretrained weights of torchvision to start from, downloaded: DEFAULT, or a name like IMAGENET1K_V1"
+        None,
+        QUANT,
+        "pretrained weights of torchvision to start from, downloaded: DEFAULT, or a name like IMAGENET1K_V1",
     )
 
     num_epochs: int = flag(50, TRAIN, "number of epochs for each task", type=int_at_least(1))

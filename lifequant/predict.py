@@ -33,7 +33,7 @@ def load(job_dir: str | Path) -> nn.Module:
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:
         pixels, _ = as_pixels(image, size) if isinstance(image, Image.Image) else decode(Path(image), size)
-        return normalize(pixels[None])
+        return normalize(pixels[None], model.statistics)
 
     model.class_names, model.image_size, model.preprocess = names, size, preprocess
     return model.eval()

@@ -134,7 +134,7 @@ def describe() -> str:
     lists = [
         f"{title}:\n" + "\n".join(_entry(name, line) for name, line in sorted(lines.items())) for title, lines in parts
     ]
-    return "\n\n".join([*lists, f"models of torchvision:\n  {of_torchvision}"])
+    return "\n\n".join([*lists, f"torchvision:\n  {of_torchvision}"])
 
 
 def _aliases(kind: str, name: str) -> str:

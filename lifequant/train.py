@@ -113,6 +113,7 @@ def train_task(run: Run, task: Task) -> None:
             batches = task.epoch(epoch_order(task.labels[task.pool], task.counts, config.sampler, noise), size)
         noise = generator(config.seed, "augment", task.task_index, run.step)
         batch = task.training_batch(batches, index, noise)
+        torch.manual_seed(noise.initial_seed())  # for dropout, which draws from torch's own generator
         factor = schedule.lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
         with tf32(config.tf32 and run.device.type == "cuda"):

@@ -26,7 +26,7 @@ from lifequant.common.errors import UserError
 from lifequant.common.files import sync_folder
 from lifequant.common.safe_files import short
 from lifequant.config import Config
-from lifequant.data.augment import MEAN, STD
+from lifequant.data.augment import statistics_of
 
 SCHEMA = 3
 LAST, PREVIOUS = "last.pt", "previous.pt"
@@ -198,7 +198,8 @@ def refuse_other_run(state: dict[str, Any], data_key: list[str], processes: int,
 
 def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dict[str, Any]:
     """What model_best.pt holds: the weights, and all that is needed to build the network and to feed it."""
-    preprocessing = {"image_size": config.image_size, "mean": list(MEAN), "std": list(STD)}
+    mean, std = map(list, statistics_of(config))
+    preprocessing = {"image_size": config.image_size, "mean": mean, "std": std}
     return {
         "kind": "model",
         "config": config.asdict(paths=False),
@@ -297,7 +298,7 @@ def refuse_nonfinite(path: Path, model: nn.Module) -> None:
 
 
 def _of_quantizer(key: str) -> bool:
-    return any(part in ("weight_quant", "act_quant") for part in key.split("."))
+    return any(part.endswith(("weight_quant", "act_quant", "key_quant", "value_quant")) for part in key.split("."))
 
 
 def load_strictly(path: Path, model: nn.Module, weights: dict[str, Any], partly: bool = False) -> None:

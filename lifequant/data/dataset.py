@@ -17,7 +17,7 @@ from lifequant.common.errors import UserError, closest
 from lifequant.common.safe_files import MOST_CLASSES, short
 from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
-from lifequant.data.augment import augmentation
+from lifequant.data.augment import CIFAR, Statistics, augmentation, load_batch, statistics_of
 from lifequant.data.cache_folder import cache_dir_of
 from lifequant.data.image_cache import load_images
 from lifequant.data.image_root import checked_images, image_root
@@ -36,6 +36,11 @@ class Store:
     paths: list[str]
     labels: Tensor  # int64 [N]
     images: Tensor  # uint8 [N, 3, H, W], where image_storage.choose_location says; load_batch gives rows of it
+    statistics: Statistics = CIFAR  # by which they are normalized
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """float32 [len(rows), 3, H, W] of these rows, not augmented, on their device."""
+        return load_batch(self.images, rows, rows.device, self.statistics)
 
 
 @dataclass
@@ -97,6 +102,7 @@ class DataSet:
             batch_size=config.train_batch_size,
             buffer_count=len(stored),
             augment=augmentation(config),
+            statistics=self.train.statistics,
         )
 
     def pool_sizes(self, config: Config, joint: bool = False) -> list[int]:
@@ -166,7 +172,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
             [stats[path] for path in paths],
         )
         images = images.to(device) if where.resident else images
-        return Store(paths, torch.tensor([label_of[p] for p in paths], device=device), images)
+        return Store(paths, torch.tensor([label_of[p] for p in paths], device=device), images, statistics_of(config))
 
     row_of = {path: i for i, path in enumerate(train)}
     test_row_of = {path: i for i, path in enumerate(test)}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lifequant.data.augment import crop_and_flip, load_batch, normalize
+from lifequant.data.augment import CIFAR, Statistics, crop_and_flip, load_batch, normalize
 from lifequant.data.image_storage import take
 
 
@@ -50,6 +50,7 @@ class Task:
     buffer_count: int = 0  # images in the replay store, those that ``new`` has as well included
     warn: Callable[[str], None] = field(default=lambda text: None)
     augment: Callable[[Tensor, torch.Generator], Tensor] = crop_and_flip  # uint8 [N, 3, H, W] -> the same
+    statistics: Statistics = CIFAR  # by which images are normalized
     csv_id: int | None = None  # the number in the CSV's name, which messages show; None: the index
     stable_rows: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
@@ -77,7 +78,7 @@ class Task:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of these rows, not augmented."""
-        return load_batch(self.images, rows, self.labels.device), self.labels[rows]
+        return load_batch(self.images, rows, self.labels.device, self.statistics), self.labels[rows]
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The ``batch`` of each ``size`` rows in turn, so that no more images are held at a time."""
@@ -95,7 +96,7 @@ class Task:
     def training_batch(self, epoch: Epoch, index: int, generator: torch.Generator) -> Batch:
         """Batch ``index`` of an epoch, augmented on the device."""
         image_rows, y, is_replay, rows = (part[index] for part in epoch)
-        return Batch(normalize(self.augment(self.take(image_rows), generator)), y, is_replay, rows)
+        return Batch(normalize(self.augment(self.take(image_rows), generator), self.statistics), y, is_replay, rows)
 
 
 def user_task(

@@ -9,6 +9,7 @@ from torch import nn
 
 from lifequant import registry
 from lifequant.config import Config
+from lifequant.data.augment import statistics_of
 from lifequant.models import torchvision_models
 from lifequant.qat.layers import Scheme, set_layer_bits
 
@@ -25,6 +26,7 @@ def build(config: Config, num_classes: int) -> nn.Module:
             model = torchvision_models.quantized(
                 config.target_model, num_classes, scheme, config.image_size, config.stem, config.bits_of_layers()
             )
+    model.statistics = statistics_of(config)  # for who has the model alone
     return model.to(memory_format=torch.channels_last)
 
 

@@ -16,7 +16,9 @@ from lifequant.common.safe_files import short
 from lifequant.qat.convert import quantize_model
 from lifequant.qat.layers import Scheme
 
-CIFAR_STEM_UP_TO = 64  # pixels a side: Mammoth and the DER paper have the small stem at 32 (CIFAR) and 64 (Tiny ImageNet)
+CIFAR_STEM_UP_TO = (
+    64  # pixels a side: Mammoth and the DER paper have the small stem at 32 (CIFAR) and 64 (Tiny ImageNet)
+)
 LEAST_PATCHES = 4  # along a side of an image, of a Vision Transformer
 
 
@@ -102,7 +104,9 @@ def check(name: str, image_size: int, stem: str) -> None:
                 f"--image_size {image_size}: {name} cuts images into patches of {patch} pixels, at least {LEAST_PATCHES} along a "
                 f"side: give a multiple of {patch} from {LEAST_PATCHES * patch} on"
             )
-    if name.startswith("regnet_"):  # takes any size; it computes its widths by tensors, which can't be read on this device
+    if name.startswith(
+        "regnet_"
+    ):  # takes any size; it computes its widths by tensors, which can't be read on this device
         return
     try:
         with torch.device("meta"), torch.no_grad():
