@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 
-from lifequant.common.errors import UserError
 from lifequant.data.create import official
 from lifequant.data.create.archives import Source
 from lifequant.data.create.prepared import Contents
@@ -18,23 +17,15 @@ CLASSES = ["back_pack", "bike", "bike_helmet", "bookcase", "bottle", "calculator
            "desktop_computer", "file_cabinet", "headphones", "keyboard", "laptop_computer", "letter_tray", "mobile_phone",
            "monitor", "mouse", "mug", "paper_notebook", "pen", "phone", "printer", "projector", "punchers", "ring_binder",
            "ruler", "scissors", "speaker", "stapler", "tape_dispenser", "trash_can"]  # fmt: skip
-_PATH = re.compile(rf"(|.*/)({'|'.join(COUNTS)})/(?:images/)?([^/]+)/[^/]+")
+_PATH = re.compile(rf"(?:.*/)?({'|'.join(COUNTS)})/(?:images/)?([^/]+)/[^/]+")
 
 
 def read(source: Source, seed: int) -> Contents:
     """<domain>/train/<class>/frame_0001.jpg and <domain>/test/..., 80:20. Raises UserError."""
     images: official.Images = {}
-    tops = set()
     for name in filter(official.is_image, source.sizes):
         if match := _PATH.fullmatch(name):
-            top, domain, label = match.groups()
-            tops.add(top)
-            official.add(images, source, domain, label, name)
-    if len(tops) > 1:
-        first, second = sorted(tops)[:2]
-        raise UserError(
-            f"--source {source.path}: domains in {first or '.'} and in {second}: name the folder that has all three"
-        )
+            official.add(images, source, *match.groups(), name)
     names = official.checked(images, source, TITLE, list(COUNTS), CLASSES)
     official.tell_counts(images, TITLE, COUNTS)
     return official.copies(source, f"{TITLE}, seed {seed}", names, official.split(images, seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lifequant.common.commands import command
 from lifequant.common.errors import UserError
 from lifequant.common.safe_files import short
 from lifequant.common.text import say
@@ -34,20 +35,30 @@ def add(images: Images, source: Source, part: str, label: str, name: str) -> Non
 def checked(
     images: Images, source: Source, title: str, parts: Sequence[str], classes: Sequence[str] | int
 ) -> list[str]:
-    """The sorted class names. Raises UserError where a part or a class is missing, or where one is there that is not known."""
+    """The sorted class names. Raises UserError where a part or a class is missing, or one is there that is not known."""
+    odd = _odd(images, parts, classes)
+    if odd:
+        raise UserError(
+            f"--source {source.path}: not {title}: {odd}; give its archive as it is distributed, "
+            f"or make task CSVs of your own images without this step ({command('tasks')})"
+        )
+    return sorted(images[parts[0]])
+
+
+def _odd(images: Images, parts: Sequence[str], classes: Sequence[str] | int) -> str:
+    """The first thing that tells the images from the data set, or an empty text."""
     for part in parts:
         if part not in images:
-            raise UserError(
-                f"--source {source.path}: not {title}: no images of {part} ({', '.join(parts)} are expected)"
-            )
-    names = sorted(set().union(*images.values())) if isinstance(classes, int) else sorted(classes)
+            return f"no images of {part} ({', '.join(parts)} are expected)"
+    names = set(images[parts[0]]) if isinstance(classes, int) else set(classes)
     if isinstance(classes, int) and len(names) != classes:
-        raise UserError(f"--source {source.path}: not {title}: {len(names)} classes, and it has {classes}")
+        return f"{len(names)} classes, and it has {classes}"
     for part in parts:
-        for word, odd in (("lacks", set(names) - set(images[part])), ("has also", set(images[part]) - set(names))):
-            if odd:
-                raise UserError(f"--source {source.path}: not {title}: {part} {word} {listed(odd)}")
-    return names
+        if lacking := names - set(images[part]):
+            return f"{part} lacks {listed(lacking)}"
+        if more := set(images[part]) - names:
+            return f"{part} has also {listed(more)}"
+    return ""
 
 
 def listed(names: set[str]) -> str:
