@@ -22,8 +22,7 @@ _BROKEN = (
     lzma.LZMAError,
     EOFError,
     RuntimeError,
-    NotImplementedError,
-)
+)  # the last: a password
 
 
 class Source:
@@ -65,16 +64,16 @@ class Source:
                     )
                 yield name, size, read() if name in wanted else None
         except OSError as error:
-            if error.errno is not None:  # a full disk and the like; a broken gzip has no number
+            if error.errno is not None:  # no permission and the like; a broken gzip has no number
                 raise
-            self._refuse(error)
-        except _BROKEN as error:
-            self._refuse(error)
+            raise self._damaged() from None
+        except _BROKEN:
+            raise self._damaged() from None
 
-    def _refuse(self, error: Exception) -> None:
-        raise UserError(
-            f"--source {self.path}: damaged, or no archive that is known ({short(error)}): give a .zip, a .tar, a .tar.gz or a folder"
-        ) from None
+    def _damaged(self) -> UserError:
+        return UserError(
+            f"--source {self.path}: damaged, or no .zip, .tar or .tar.gz: download it again, or name its unpacked folder"
+        )
 
 
 def _folder(path: Path) -> Iterator[tuple]:
