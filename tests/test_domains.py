@@ -283,6 +283,17 @@ def test_ball_is_plain_where_domains_have_equal_classes():
     assert (drawn / drawn.sum() - 0.2).abs().max() < 0.01
 
 
+def test_ball_balances_unequal_classes_alike_in_all_domains():
+    """36 and 8 images of two classes: r = 1 / (2 p + 1) gives the rare one 30 % of the draws, old images none of its own."""
+    labels = torch.tensor([0] * 30 + [1] * 6 + [0] * 6 + [1] * 2)
+    orders = [epoch_order(labels, torch.tensor([36.0, 8.0]), "ball", generator(0, "sampler", e)) for e in range(1500)]
+    drawn = torch.cat(orders)
+    rare = labels[drawn] == 1
+    assert rare.double().mean().item() == pytest.approx(8 * 44 / 60 / (8 * 44 / 60 + 36 * 44 / 116), abs=0.01)
+    assert (drawn[~rare] >= 36).double().mean().item() == pytest.approx(6 / 36, abs=0.01)
+    assert (drawn[rare] >= 36).double().mean().item() == pytest.approx(2 / 8, abs=0.01)
+
+
 def test_proxq_is_zero_where_domains_have_equal_classes():
     """It stands for classes that the new task lacks, and a domain lacks none; proxq_paper's does hold weights."""
     images = torch.randn(30, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
