@@ -87,6 +87,10 @@ def test_made_of_images(photos, tmp_path, capsys):
     assert prepared(out, "--source", photos, "--domains", ",".join(MADE)) == 0
     assert prepared(out, "--domains", "noise,blur,grey,clean") == 0  # complete, so that no source is needed
     assert capsys.readouterr().out.count("complete already") == 2
+    turned = shutil.copytree(photos, tmp_path / "turned")
+    shutil.copy(photos / "test" / "class1" / "0.png", turned / "test" / "class1" / "1.png")
+    assert prepared(out, "--source", turned, "--domains", ",".join(MADE)) == 2
+    assert "begun with other images" in capsys.readouterr().err
 
 
 def test_noise_goes_by_seed_and_path(photos, tmp_path):

@@ -110,7 +110,7 @@ def end_task(run: Run, task: Any) -> None:
 
 
 def replay_of_domains(run: Run, task: Any) -> dict[str, int]:
-    """{former domain: its images among the task's replay}"""
+    """{former domain: number of its images in the task's replay}"""
     replay = set(task.replay.tolist())
     rows_of = zip(run.data.domains, run.data.new_rows[: task.task_index], strict=False)
     return {domain: len(replay.intersection(rows)) for domain, rows in rows_of}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class ImageSet:
         counts, origin = self.counts(), self.origin
         if domains:
             counts = {f"{domain}/{split}": counts[split] for domain in domains for split in SPLITS}
-            origin += f", {','.join(domains)}, seed {seed}"
+            origin += f", {','.join(sorted(domains))}, seed {seed}"
         rows = {
             split: [np.flatnonzero(self.labels[split] == label) for label in range(len(self.names))] for split in SPLITS
         }
@@ -93,7 +94,8 @@ def read_folder(folder: Path, classes: int) -> ImageSet:
         rows = class_images(folder, folder / split, names)
         images[split] = np.stack([_pixels(folder / path) for path, _ in rows])
         labels[split] = np.array([label for _, label in rows], dtype=np.int64)
-    return ImageSet("a folder of images", names, images, labels)
+    digest = hashlib.sha256(b"".join(images[split].tobytes() for split in SPLITS)).hexdigest()[:8]
+    return ImageSet(f"a folder of images ({digest})", names, images, labels)
 
 
 def _pixels(path: Path) -> np.ndarray:

@@ -29,8 +29,8 @@ def main_prepare(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     out = Path(args.out).expanduser()
     reader = OFFICIAL.get(args.dataset)
-    tops = args.domains or (getattr(reader, "COUNTS", None) or prepared.SPLITS)
-    note = prepared.read_note(out, args.dataset, list(tops))
+    tops = args.domains or list(reader.COUNTS if reader else prepared.SPLITS)
+    note = prepared.read_note(out, args.dataset, tops)
     if note and not args.source and args.dataset in CIFAR and _is_complete(out, note, args.domains):
         prepared.finish(out, note, "complete already, nothing to do")
     elif reader:
