@@ -17,9 +17,11 @@ from support.tiny import Tiny, train
 from test_archives import as_tar, office
 
 from lifequant import options, registry
+from lifequant.__main__ import train as command
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.common.seeding import generator
+from lifequant.data import dataset_json
 from lifequant.data.create.images import main_prepare
 from lifequant.data.create.tasks import main_tasks
 from lifequant.data.replay import epoch_order
@@ -185,6 +187,17 @@ def test_results_name_the_domains(run):
     assert (
         "after dslr, top-1 (%): webcam" in log and "\nafter amazon" in log and "tasks: 3 (webcam, dslr, amazon)" in log
     )
+
+
+def test_a_model_is_tested_on_domains_by_name(run, capsys):
+    folder, found = run
+    assert command(["--test_only", "--job_dir", str(folder / "runs" / "ours" / "seed0"), "--device", "cpu"]) == 0
+    rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert {name: rows[name] for name in ("webcam", "dslr", "amazon")} == {
+        task["domain"]: f"{a:.2f}" for task, a in zip(found["ours"]["tasks"], found["ours"]["top1"][-1], strict=True)
+    }
+    assert dataset_json.domains_of({"domains": ["a", "b", "c"]}, [2]) == ["c"]  # --task_id 2
+    assert dataset_json.domains_of({"domains": None}, [0]) is dataset_json.domains_of({}, [0]) is None
 
 
 def test_reports_have_a_table_of_domains(run, tmp_path):
