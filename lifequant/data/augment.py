@@ -40,13 +40,18 @@ def normalize(images: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
 
 
+def ready(batch: Tensor, device: torch.device) -> Tensor:
+    """float32 on ``device``, as the model takes it. Bytes are normalized there; other images are ready already."""
+    batch = send(batch, device)
+    return normalize(batch) if batch.dtype == torch.uint8 else batch
+
+
 def load_batch(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """float32 [N, ...]: these rows of the images on ``device``, not augmented, as the model takes them.
 
     Bytes are normalized; other images are ready for the model already.
     """
-    batch = take(images, rows, device)
-    return normalize(batch) if batch.dtype == torch.uint8 else batch
+    return ready(take(images, rows, device), device)
 
 
 @cache
@@ -97,20 +102,29 @@ def resized_crop_and_flip(images: Tensor, generator: torch.Generator, least: flo
     return _resample(images, _sources(across, left, columns, width), 3)
 
 
-def random_boxes(n: int, height: int, width: int, generator: torch.Generator, least: float) -> tuple[Tensor, Tensor]:
-    """(int64 [n, 4] of top, left, height and width, bool [n] whether mirrored), on the CPU."""
+def random_boxes(
+    n: int, height: int | Tensor, width: int | Tensor, generator: torch.Generator, least: float
+) -> tuple[Tensor, Tensor]:
+    """(int64 [n, 4] of top, left, height and width, bool [n] whether mirrored), on the CPU. ``height`` and ``width`` are of
+    all images, or int64 [n]. Where no attempt fits, the middle as far as RATIO allows, as torchvision's."""
     draws = torch.rand(n, 2 * ATTEMPTS + 3, generator=generator, dtype=torch.float64)
-    area = height * width * (least + (1 - least) * draws[:, :ATTEMPTS])
+    height, width = (torch.as_tensor(side, dtype=torch.float64).expand(n) for side in (height, width))
+    area = (height * width)[:, None] * (least + (1 - least) * draws[:, :ATTEMPTS])
     low, high = map(math.log, RATIO)
     ratio = torch.exp(low + (high - low) * draws[:, ATTEMPTS : 2 * ATTEMPTS])
     columns, rows = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (columns <= width) & (rows <= height) & (columns > 0) & (rows > 0)
-    first = fits.long().argmax(1, keepdim=True)  # the first that fits; where none does, the whole image
-    none = ~fits.any(1)
-    rows = rows.gather(1, first)[:, 0].masked_fill(none, height)
-    columns = columns.gather(1, first)[:, 0].masked_fill(none, width)
+    fits = (columns <= width[:, None]) & (rows <= height[:, None]) & (columns > 0) & (rows > 0)
+    first = fits.long().argmax(1, keepdim=True)
+    some = fits.any(1)
+    rows, columns = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]
+    rows = torch.where(some, rows, torch.minimum(height, (width / RATIO[0]).round()))
+    columns = torch.where(some, columns, torch.minimum(width, (height * RATIO[1]).round()))
     top = (draws[:, -3] * (height - rows + 1)).floor()
     left = (draws[:, -2] * (width - columns + 1)).floor()
+    top, left = (
+        torch.where(some, place, ((whole - part) / 2).floor())
+        for place, whole, part in ((top, height, rows), (left, width, columns))
+    )
     return torch.stack([top, left, rows, columns], 1).long(), draws[:, -1] < 0.5
 
 
