@@ -171,13 +171,19 @@ class Config:
     nme: bool = switch(False, METHOD, "also report the accuracy of the nearest mean of exemplars")
 
     arch: str = flag("resnet", QUANT, "family of networks; the network itself is --target_model", choices=["resnet"])
-    target_model: str = flag("resnet20", QUANT, "network: resnet20 or resnet56; the ending _quant may follow")
+    target_model: str = flag(
+        "resnet20",
+        QUANT,
+        "network: resnet20, resnet56, or a classification model of torchvision by its name, like resnet18; the ending _quant may follow",
+    )
     source_model: str | None = flag(
         None, QUANT, "network of --source_file; it must be the same as --target_model", free=True
     )
     shortcut: str = flag(
         "A", QUANT, "A has no weights; conv is the authors' quantized 1x1 convolution", choices=["A", "conv"]
     )
+    stem: str = flag("auto", QUANT, "first layers of torchvision's ResNets; cifar: a 3x3 convolution of stride 1 and no pooling; auto: cifar up to 64 pixels",
+                     choices=["auto", "imagenet", "cifar"])  # fmt: skip
     quantizer: str = flag("", QUANT, "quantizer of the weights (default: proxq for ours, lsq for the others)")
     act_quantizer: str = flag("", QUANT, "quantizer of the activations (default: the same as the weights')")
     bitW: int = flag(4, QUANT, "bit-width of the weights", type=bit_width, choices=BIT_WIDTHS)
@@ -205,7 +211,17 @@ class Config:
         None, QUANT, "start from --source_file (default: True if that is given)", free=True
     )
     source_dir: str = flag("", QUANT, "folder that contains --source_file", path=True)
-    source_file: str | None = flag(None, QUANT, "model to start from: its file, or a run's folder", path=True)
+    source_file: str | None = flag(
+        None,
+        QUANT,
+        "model to start from: its file, a run's folder, or float weights of elsewhere (.pth, .safetensors)",
+        path=True,
+    )
+    source_weights: str | None = flag(
+        None,
+        QUANT,
+        "pretrained weights of torchvision to start from, downloaded: DEFAULT, or a name like IMAGENET1K_V1",
+    )
 
     num_epochs: int = flag(50, TRAIN, "number of epochs for each task", type=int_at_least(1))
     train_batch_size: int = flag(128, TRAIN, "images in a training step", type=int_at_least(2))

@@ -16,6 +16,7 @@ from lifequant import presets, registry
 from lifequant.common.arguments import FALSE, TRUE, Parser
 from lifequant.common.errors import UserError
 from lifequant.config import DATA, METHOD, QUANT, REFERENCE_CROP_SCALE, RESUME_JOB_DIR, RUN, TRAIN, Config
+from lifequant.models import torchvision_models
 
 LIFEQUANT_NAMES = ("life_q", "lifeq")  # the original's two spellings of its quantizer, after --method
 CHOSEN_FIRST = ("method", "penalty", "quantizer", "act_quantizer")  # before their own flags are known
@@ -154,6 +155,22 @@ def preset_of(given: dict[str, Any]) -> dict[str, Any]:
     return presets.settings(given["preset"], int(last) if last.isdigit() else 4)
 
 
+def _check_network(given: dict[str, Any]) -> None:
+    """Raises UserError for a network that is not known, and for a flag or a source that it does not have."""
+    name = given["target_model"]
+    if name in registry.names("model"):
+        for flag, value in (("stem", "auto"), ("source_weights", None)):
+            if given.get(flag, value) != value:
+                raise UserError(f"--{flag} is for torchvision's models, and {name} is none: leave it out")
+        return
+    if name not in (known := torchvision_models.names()):
+        raise registry.unknown("model", name, known)
+    if given.get("shortcut", "A") != "A":
+        raise UserError(f"--shortcut {given['shortcut']} is for resnet20 and resnet56: leave it out")
+    if given.get("source_weights"):
+        torchvision_models.weights_of(name, given["source_weights"])
+
+
 def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) -> Config:
     """Fill in what depends on something else; appends to ``notes``."""
     given = dict(given)
@@ -191,7 +208,7 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
             )
     given["ll_method"] = given["method"]
     given["target_model"] = given.get("target_model", "resnet20").removesuffix("_quant")
-    registry.model(given["target_model"])
+    _check_network(given)
     if given.get("source_model", given["target_model"]).removesuffix("_quant") != given["target_model"]:
         raise UserError(f"--source_model {given['source_model']} does not fit --target_model {given['target_model']}")
     if given.get("bit_schedule"):
@@ -202,8 +219,11 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
             if given.get(name):
                 raise UserError(f"--{name} and --bit_schedule: give it to a run in the folder of one rung")
     given.setdefault("abitW", given.get("bitW", 4))
-    given.setdefault("pretrained", given.get("source_file") is not None)
-    if given["pretrained"] and not given.get("source_file"):
+    sources = [name for name in ("source_file", "source_weights") if given.get(name)]
+    if len(sources) > 1:
+        raise UserError("--source_file and --source_weights both name the model to start from: leave one out")
+    given.setdefault("pretrained", bool(sources))
+    if given["pretrained"] and not sources:
         raise UserError("--pretrained True needs --source_file, the model to start from")
     if given.get("lr_decay_steps"):
         given["lr_decay_steps"] = tuple(epoch for part in given["lr_decay_steps"] for epoch in part)

@@ -33,7 +33,7 @@ def load(job_dir: str | Path) -> nn.Module:
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:
         image = image if isinstance(image, Image.Image) else Path(image)
-        return normalize(as_evaluated(image, size, resize)[None])
+        return normalize(as_evaluated(image, size, resize)[None], model.statistics)
 
     model.class_names, model.image_size, model.resize, model.preprocess = names, size, resize, preprocess
     return model.eval()

@@ -100,7 +100,7 @@ def open_model(path: Path) -> Classifier:
 
     @torch.inference_mode()
     def logits(images: Tensor) -> Tensor:
-        return model(normalize(images))
+        return model(normalize(images, model.statistics))
 
     return Classifier(model.class_names, model.image_size, model.resize, logits)
 

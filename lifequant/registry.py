@@ -77,14 +77,9 @@ def canonical(kind: str, name: str) -> str:
 def unknown(kind: str, name: str, others: Iterable[str] = ()) -> UserError:
     """The error for a name that is not registered; ``others`` may be meant too."""
     known = names(kind)
-    if kind == "model":  # resnet50 is not a misspelled resnet20
-        near = closest(name, known, cutoff=0.9)
-        elsewhere = (
-            ": lifequant.quantize_model (Python) quantizes any other torch model, for a training loop of your own"
-        )
-    else:
-        near, elsewhere = closest(name, [*known, *ALIASES.get(kind, {}), *others]), ""
-    return UserError(f"unknown {kind} {name!r}{near} (known: {', '.join(known)}){elsewhere}")
+    near = closest(name, [*known, *ALIASES.get(kind, {}), *others], most=3 if kind == "model" else 1)
+    more = ", and torchvision's classification models: lifequant list" if kind == "model" else ""
+    return UserError(f"unknown {kind} {name!r}{near} (known: {', '.join(known)}{more})")
 
 
 def _find(kind: str, name: str) -> Any:
@@ -132,10 +127,14 @@ def describe() -> str:
                 {n: (getattr(x, "help", None) or _first_line(x)) + _aliases(kind, n) for n, x in found.items()},
             )
         )
+    import torchvision  # which takes a second
+
+    of_torchvision = wrapped(", ".join(torchvision.models.list_models(module=torchvision.models)), indent=2)
     parts.append(("presets", {name: presets.load(name)["help"] for name in presets.names()}))
-    return "\n\n".join(
+    lists = [
         f"{title}:\n" + "\n".join(_entry(name, line) for name, line in sorted(lines.items())) for title, lines in parts
-    )
+    ]
+    return "\n\n".join([*lists, f"torchvision:\n  {of_torchvision}"])
 
 
 def _aliases(kind: str, name: str) -> str:

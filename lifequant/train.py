@@ -26,6 +26,7 @@ from lifequant.data.dataset import load_dataset
 from lifequant.data.replay import epoch_order
 from lifequant.data.task import Batch, Epoch, Task
 from lifequant.losses import distillation
+from lifequant.models.build import check_model
 from lifequant.results import curves, results
 from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
@@ -122,6 +123,8 @@ def train_task(run: Run, task: Task) -> None:
         run.timer.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
         batch = next(batches)
+        # for dropout, which draws from torch's own generator
+        torch.manual_seed(generator(config.seed, "augment", task.task_index, run.step).initial_seed())
         factor = schedule.lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
         with tf32(config.tf32 and run.device.type == "cuda"):
@@ -220,6 +223,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
         stack.callback(log.close)
         for line in notes:
             log.say(line)
+        check_model(config)
         dataset = distributed.one_first(lambda: load_dataset(config, device, log.say))
         stack.enter_context(run_folder.locked(Path(config.job_dir), log.say))
         state = run_folder.check(config, log.say)

@@ -28,7 +28,7 @@ TOLERANCE = 1e-9
 
 def loop(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """{layer: mean over images of (d CE / d w)^2}, one image at a time."""
-    weights = importance.conv_weights(net)
+    weights = importance.latent_weights(net)
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
     for image, label in zip(x, y, strict=True):
         gradients = torch.autograd.grad(F.cross_entropy(net(image[None]), label[None]), list(weights.values()))

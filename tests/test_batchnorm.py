@@ -13,7 +13,7 @@ from support.small_net import small_net
 from torch import Tensor, nn
 
 from lifequant import options
-from lifequant.data.augment import MEAN, STD
+from lifequant.data.augment import CIFAR
 from lifequant.data.task import Task
 from lifequant.qat.batchnorm import reestimate_bn
 from lifequant.train import finish_training
@@ -50,7 +50,7 @@ def test_a_run_takes_the_statistics_of_what_it_trained_on():
         config=options.make(bn_reestimate=2, train_batch_size=4), model=model, best={}, ema=None, timer=clock
     )
     finish_training(run, task)
-    np.testing.assert_allclose(model.running_mean, -np.array(MEAN) / np.array(STD), rtol=1e-5)
+    np.testing.assert_allclose(model.running_mean, -np.array(CIFAR.mean) / np.array(CIFAR.std), rtol=1e-5)
 
 
 def test_reestimated_statistics():

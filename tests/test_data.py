@@ -17,7 +17,7 @@ from support.tiny import SIDE, TEST, TRAIN, Tiny, arguments, settings
 
 from lifequant import options, registry
 from lifequant.data import dataset, image_cache
-from lifequant.data.augment import MEAN, STD, crop_and_flip, normalize
+from lifequant.data.augment import CIFAR, crop_and_flip, normalize
 from lifequant.data.create.tasks import main_tasks
 from lifequant.data.replay import stored_rows
 from lifequant.data.task import Task
@@ -136,7 +136,7 @@ def test_crop_and_flip():
 
 def test_normalize():
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    expected = (pixels.numpy() / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    expected = (pixels.numpy() / 255 - np.reshape(CIFAR.mean, (3, 1, 1))) / np.reshape(CIFAR.std, (3, 1, 1))
     found = normalize(pixels)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last) and pixels.dtype == torch.uint8

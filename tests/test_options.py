@@ -49,9 +49,16 @@ def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
         ("--method life_q --ll_method our", ["unknown method", "did you mean 'ours'"]),
         ("--quantizer prox", ["unknown quantizer", "did you mean 'proxq'"]),
         (
-            "--target_model resnet18",
-            ["unknown model 'resnet18' (known: resnet20, resnet56)", "lifequant.quantize_model"],
+            "--target_model resnet19",
+            ["unknown model 'resnet19'", "'resnet18'", "(known: resnet20, resnet56, and torch"],
         ),
+        ("--target_model resnet18 --shortcut conv", ["--shortcut conv is for resnet20 and resnet56"]),
+        ("--stem cifar", ["--stem is for torchvision's models, and resnet20 is none"]),
+        (
+            "--target_model resnet18 --source_weights V9",
+            ["no such weights of resnet18 (known: IMAGENET1K_V1, DEFAULT)"],
+        ),
+        ("--target_model resnet18 --source_weights DEFAULT --source_file x", ["both name the model to start from"]),
         ("--target_model ResNet-20", ["did you mean 'resnet20'"]),
         ("--quantizer LSQ", ["did you mean 'lsq'"]),
         ("--method Ours", ["did you mean 'ours'"]),
@@ -203,9 +210,9 @@ FLAGS = {
         val_fraction replay_rate buffer_size""",
     "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda distill
         distill_temperature ema head_epochs nme""",
-    "model and quantizer": """arch target_model source_model shortcut quantizer act_quantizer bitW abitW first_last_bits
+    "model and quantizer": """arch target_model source_model shortcut stem quantizer act_quantizer bitW abitW first_last_bits
         layer_bits per_channel bit_schedule bn_reestimate track_oscillations freeze_oscillating pretrained source_dir
-        source_file""",
+        source_file source_weights""",
     "training": """num_epochs train_batch_size eval_batch_size lr step_lr sched warmup_epochs lr_gamma optimizer lr_decay_step
         lr_decay_steps momentum weight_decay seed""",
     "run": """job_dir resume reset start_task from test_only device gpus compile amp tf32 deterministic checkpoint_seconds keep_checkpoints on_nan print_freq eval_every

@@ -16,8 +16,8 @@ from torch import nn
 from lifequant import registry
 from lifequant.data.task import Task
 from lifequant.methods.base import LifelongMethod
-from lifequant.methods.importance import at_quantized_weights, conv_weights, per_batch, per_sample
-from lifequant.qat.layers import quantized_weights
+from lifequant.methods.importance import at_quantized_weights, latent_weights, per_batch, per_sample
+from lifequant.qat.weights import quantized_weights
 
 ANCHORED = [name for name in registry.names("penalty") if name != "proxq_function"]  # those that hold weights
 
@@ -58,7 +58,7 @@ def test_per_batch():
     model, task = network(), make_task()
     x, y = task.batch(torch.arange(20))
     net = at_quantized_weights(model)
-    found = per_batch(net, conv_weights(net), zip(x.split(8), y.split(8), strict=True))
+    found = per_batch(net, latent_weights(net), zip(x.split(8), y.split(8), strict=True))
     batches = [gradients_at_quantized(model, x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)]
     samples = fisher_by_loop(model, x, y)
     for name in CONVS:

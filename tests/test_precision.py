@@ -54,7 +54,7 @@ def test_anchors_are_exact(name, per_channel):
         with torch.no_grad():
             layer.weight.mul_(1.37).add_(0.01)  # the step was set for other weights
             expected = layer.weight_quant(layer.weight)
-        anchor, unit = codes_and_scale(layer)
+        anchor, unit = codes_and_scale(layer.weight_quant, layer.weight)
         assert torch.equal(anchor * unit, expected), bits
         assert (anchor.dtype == torch.int8) == (name in LINEAR and bits != 32)
 

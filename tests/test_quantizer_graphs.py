@@ -15,7 +15,8 @@ from torch.func import functional_call, grad, vmap
 from lifequant import registry
 from lifequant.losses import LOSSES
 from lifequant.qat.calibration import calibrate_network
-from lifequant.qat.layers import Scheme, quantized_weights
+from lifequant.qat.layers import Scheme
+from lifequant.qat.weights import quantized_weights
 
 NAMES = registry.names("quantizer")
 

@@ -15,9 +15,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lifequant import calibrate, options, quantize_model, registry
 from lifequant.common.errors import UserError
 from lifequant.data.task import user_task
-from lifequant.qat.layers import QuantConvTranspose2d, quantized_weights, weight_layers
+from lifequant.qat.layers import QuantConvTranspose2d, weight_layers
 from lifequant.qat.packing import packed_model_bytes
 from lifequant.qat.refit import relative_error
+from lifequant.qat.weights import quantized_weights
 
 FORMS = [
     {}, {"stride": 2, "padding": 1, "output_padding": 1}, {"groups": 2, "bias": False}, {"dilation": 2, "stride": (1, 3)},

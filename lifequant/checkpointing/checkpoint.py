@@ -26,7 +26,7 @@ from lifequant.common.errors import UserError
 from lifequant.common.files import sync_folder
 from lifequant.common.safe_files import short
 from lifequant.config import Config
-from lifequant.data.augment import MEAN, STD
+from lifequant.data.augment import statistics_of
 
 SCHEMA = 3
 LAST, PREVIOUS = "last.pt", "previous.pt"
@@ -39,6 +39,7 @@ REQUIRED = {
 NETWORK = (
     "target_model",
     "shortcut",
+    "stem",
     "quantizer",
     "act_quantizer",
     "bitW",
@@ -198,7 +199,8 @@ def refuse_other_run(state: dict[str, Any], data_key: list[str], processes: int,
 
 def model_state(config: Config, model: nn.Module, class_names: list[str]) -> dict[str, Any]:
     """What model_best.pt holds: the weights, and all that is needed to build the network and to feed it."""
-    preprocessing = {"image_size": config.image_size, "mean": list(MEAN), "std": list(STD)}
+    mean, std = map(list, statistics_of(config))
+    preprocessing = {"image_size": config.image_size, "mean": mean, "std": std}
     return {
         "kind": "model",
         "config": config.asdict(paths=False),
@@ -246,6 +248,20 @@ def _quantizer_flags(settings: dict[str, Any], own: dict[str, Any]) -> dict[str,
     return found
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is damaged or one of this package's checkpoints, and not another program's weights. Raises OSError."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            return path.suffix.lower() != ".safetensors" and file.read(2)[:1] != b"\x80"  # where a pickle begins
+    if not is_intact(path):
+        return True
+    try:
+        found = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # it holds more than a checkpoint of ours does
+        return False
+    return isinstance(found, dict) and {"schema", "kind"} <= found.keys()
+
+
 def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) -> bool:
     """Load a source model. True where its quantizers fit and were loaded with it; False where scales must be derived.
 
@@ -254,7 +270,7 @@ def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) 
     state = read(path, "model")
     source, names, _ = network_of(state, path)
     weights = state["model"]
-    for name in ("target_model", "shortcut"):
+    for name in ("target_model", "shortcut", "stem"):
         if getattr(source, name) != getattr(config, name):
             raise UserError(f"{path}: its {name} is {getattr(source, name)}, this run's is {getattr(config, name)}")
     if len(names) != num_classes:
@@ -264,10 +280,15 @@ def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) 
         load_strictly(path, model, weights)
         fits = True
     else:
-        load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)
+        load_float(path, model, weights)
         fits = False
     refuse_nonfinite(path, model)
     return fits
+
+
+def load_float(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
+    """Load all but the quantizers' own entries. Raises UserError that names the first misfit."""
+    load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)
 
 
 def refuse_nonfinite(path: Path, model: nn.Module) -> None:
@@ -278,7 +299,7 @@ def refuse_nonfinite(path: Path, model: nn.Module) -> None:
 
 
 def _of_quantizer(key: str) -> bool:
-    return any(part in ("weight_quant", "act_quant") for part in key.split("."))
+    return any(part.endswith(("weight_quant", "act_quant", "key_quant", "value_quant")) for part in key.split("."))
 
 
 def load_strictly(path: Path, model: nn.Module, weights: dict[str, Any], partly: bool = False) -> None:

@@ -22,7 +22,7 @@ from lifequant.checkpointing import checkpoint
 from lifequant.common.errors import UserError
 from lifequant.common.safe_files import MOST_CLASSES, open_regular, short
 from lifequant.config import Config
-from lifequant.data.augment import MEAN, STD
+from lifequant.data.augment import statistics_of
 from lifequant.data.photographs import shorter_side
 from lifequant.models.build import build
 from lifequant.qat.layers import weight_layers
@@ -76,8 +76,7 @@ def write_packed(path: Path, model: nn.Module, config: Config, class_names: Sequ
         "codes": codes,
         "class_names": list(class_names),
         "image_size": config.image_size,
-        "mean": MEAN,
-        "std": STD,
+        **statistics_of(config)._asdict(),
         "facts": {name: value for name, value in facts.items() if value is not None},
     }
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -94,6 +93,8 @@ def load_packed(path: Path) -> Packed:
         preprocessing = {"image_size": found["image_size"]}
         state = {**found, "config": network, "options": network, "preprocessing": preprocessing}
         config, names, size = checkpoint.network_of(state, path)
+        if (found["mean"], found["std"]) != tuple(map(list, statistics_of(config))):
+            raise UserError(f"{path}: its images were normalized by another mean and std than LifeQuant's")
         model = build(config, len(names))
         _fill(path, file, model, found["codes"])
     return Packed(model, names, size, shorter_side(config.augment, size), found["facts"])
@@ -177,8 +178,6 @@ def _metadata(path: Path, given: dict[str, str]) -> dict[str, Any]:
             raise UserError(f"{path}: its {name} in the metadata is {short(found.get(name))!r}: the file is damaged")
     if len(found["class_names"]) > MOST_CLASSES:
         raise UserError(f"{path}: {len(found['class_names'])} class names, more than {MOST_CLASSES}")
-    if (found["mean"], found["std"]) != (list(MEAN), list(STD)):
-        raise UserError(f"{path}: its images were normalized by another mean and std than LifeQuant's")
     return found
 
 

@@ -43,14 +43,14 @@ class UserError(Exception):
     """Bad input. Its message is one line: what is wrong, where, and what to do. The command line prints it and exits 2."""
 
 
-def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """``"; did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string.
+def closest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """``"; did you mean 'x'?"`` for the known name nearest to ``name``, or for the ``most`` nearest; empty if none is near.
 
     Case, dashes and underscores count little: ``LSQ`` is near to ``lsq``, and ``-num-tasks`` to ``--num_tasks``.
     """
     plain = {_plain(one): one for one in known}
-    near = difflib.get_close_matches(_plain(name), list(plain), n=1, cutoff=cutoff)
-    return f"; did you mean {plain[near[0]]!r}?" if near else ""
+    near = difflib.get_close_matches(_plain(name), list(plain), n=most)
+    return f"; did you mean {' or '.join(repr(plain[one]) for one in near)}?" if near else ""
 
 
 def closest_flag(flag: str, known: Iterable[str]) -> str:

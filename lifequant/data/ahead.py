@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lifequant.data.augment import PADDED_UP_TO, load_batch, ready
+from lifequant.data.augment import CIFAR, PADDED_UP_TO, Statistics, load_batch, ready
 from lifequant.data.photographs import EncodedImages
 
 A = TypeVar("A")
@@ -53,10 +52,13 @@ def pays(images: Tensor | EncodedImages, device: torch.device) -> bool:
     return isinstance(images, EncodedImages) or (device.type == "cpu" and images.shape[-1] > PADDED_UP_TO)
 
 
-def load_batches(images: Tensor | EncodedImages, parts: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def load_batches(
+    images: Tensor | EncodedImages, parts: Iterable[Tensor], device: torch.device, statistics: Statistics = CIFAR
+) -> Iterator[Tensor]:
     """The ``load_batch`` of each part's rows in turn, made ahead where it pays."""
     if not pays(images, device):
-        return (load_batch(images, rows, device) for rows in parts)
+        return (load_batch(images, rows, device, statistics) for rows in parts)
     # Only the CPU's part is made ahead, so that a GPU has its work from one thread.
-    make = partial(load_batch, images, device=device) if device.type == "cpu" else images.__getitem__
-    return (ready(batch, device) for batch in ahead(make, parts))
+    if device.type == "cpu":
+        return ahead(lambda rows: load_batch(images, rows, device, statistics), parts)
+    return (ready(batch, device, statistics) for batch in ahead(images.__getitem__, parts))

@@ -9,17 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lifequant import registry
 from lifequant.config import Config
 from lifequant.data.image_storage import send, take
 
-# CIFAR-10's channel statistics, used for every data set: a source model and its successor must see the same scale.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
+
+class Statistics(NamedTuple):
+    """Of the channels of images in 0 to 1, by which a network's input is normalized."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+# They follow the network and not the data set, since a source model and its successor must see the same scale.
+CIFAR = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of CIFAR-10's training images
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # as torchvision's weights want it
 
 PADDED_UP_TO = 64  # pixels a side: a shift by 4 changes a small image, but hardly a large one
 RATIO = 3 / 4, 4 / 3  # width over height of a resized crop, as torchvision's
@@ -34,31 +44,36 @@ def augmentation(config: Config) -> Callable[[Tensor, torch.Generator], Tensor]:
     return partial(resized_crop_and_flip, least=config.crop_scale)
 
 
-def normalize(images: Tensor) -> Tensor:
+def statistics_of(config: Config) -> Statistics:
+    """Those of the config's network."""
+    return CIFAR if config.target_model in registry.names("model") else IMAGENET
+
+
+def normalize(images: Tensor, statistics: Statistics = CIFAR) -> Tensor:
     """uint8 [N, 3, H, W] in 0..255 -> float32, channels-last."""
-    mean, std = _statistics(images.device)
+    mean, std = _on_device(statistics, images.device)
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
 
 
-def ready(batch: Tensor, device: torch.device) -> Tensor:
+def ready(batch: Tensor, device: torch.device, statistics: Statistics = CIFAR) -> Tensor:
     """float32 on ``device``, as the model takes it. Bytes are normalized there; other images are ready already."""
     batch = send(batch, device)
-    return normalize(batch) if batch.dtype == torch.uint8 else batch
+    return normalize(batch, statistics) if batch.dtype == torch.uint8 else batch
 
 
-def load_batch(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+def load_batch(images: Tensor, rows: Tensor, device: torch.device, statistics: Statistics = CIFAR) -> Tensor:
     """float32 [N, ...]: these rows of the images on ``device``, not augmented, as the model takes them.
 
     Bytes are normalized; other images are ready for the model already.
     """
-    return ready(take(images, rows, device), device)
+    return ready(take(images, rows, device), device, statistics)
 
 
 @cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """MEAN and STD on a device, sent there once: a tensor made from numbers waits for the GPU."""
+def _on_device(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(mean, std) on a device, sent there once: a tensor made from numbers waits for the GPU."""
     with torch.inference_mode(False):  # an evaluation may ask first
-        return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (MEAN, STD))
+        return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in statistics)
 
 
 @cache

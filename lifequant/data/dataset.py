@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from lifequant.common.errors import UserError, closest
 from lifequant.common.safe_files import MOST_CLASSES, short
 from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
-from lifequant.data.augment import augmentation
+from lifequant.data.ahead import load_batches
+from lifequant.data.augment import CIFAR, Statistics, augmentation, statistics_of
 from lifequant.data.image_root import checked_images, image_root
 from lifequant.data.image_stores import open_images
 from lifequant.data.photographs import EncodedImages
@@ -34,7 +35,12 @@ class Store:
 
     paths: list[str]
     labels: Tensor  # int64 [N]
-    images: Tensor | EncodedImages  # uint8 [N, 3, H, W], where image_storage says; load_batch gives rows of it
+    images: Tensor | EncodedImages  # uint8 [N, 3, H, W], where image_storage says
+    statistics: Statistics = CIFAR  # by which they are normalized
+
+    def batches(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """float32 [len(rows), 3, H, W] of the rows of each part in turn, not augmented, on the labels' device."""
+        return load_batches(self.images, parts, self.labels.device, self.statistics)
 
 
 @dataclass
@@ -96,6 +102,7 @@ class DataSet:
             batch_size=config.train_batch_size,
             buffer_count=len(stored),
             augment=augmentation(config),
+            statistics=self.train.statistics,
         )
 
     def pool_sizes(self, config: Config, joint: bool = False) -> list[int]:
@@ -153,7 +160,8 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     images = open_images(config, root, prefix, {"train": train, "test": test}, stats, device, say)
 
     def store(paths: list[str], kind: str) -> Store:
-        return Store(paths, torch.tensor([label_of[p] for p in paths], device=device), images[kind])
+        labels = torch.tensor([label_of[p] for p in paths], device=device)
+        return Store(paths, labels, images[kind], statistics_of(config))
 
     row_of = {path: i for i, path in enumerate(train)}
     test_row_of = {path: i for i, path in enumerate(test)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lifequant.data.ahead import ahead, load_batches, pays
-from lifequant.data.augment import crop_and_flip, load_batch, normalize
+from lifequant.data.augment import CIFAR, Statistics, crop_and_flip, load_batch, normalize
 from lifequant.data.image_storage import send, take
 from lifequant.data.photographs import EncodedImages, Photographs
 
@@ -53,6 +53,7 @@ class Task:
     buffer_count: int = 0  # images in the replay store, those that ``new`` has as well included
     warn: Callable[[str], None] = field(default=lambda text: None)
     augment: Callable[[Tensor, torch.Generator], Tensor] = crop_and_flip  # uint8 [N, 3, H, W] -> the same
+    statistics: Statistics = CIFAR  # by which images are normalized
     csv_id: int | None = None  # the number in the CSV's name, which messages show; None: the index
     stable_rows: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
@@ -80,12 +81,12 @@ class Task:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of these rows, not augmented."""
-        return load_batch(self.images, rows, self.labels.device), self.labels[rows]
+        return load_batch(self.images, rows, self.labels.device, self.statistics), self.labels[rows]
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The ``batch`` of each ``size`` rows in turn, so that no more images are held at a time."""
         parts = rows.split(size)
-        x = load_batches(self.images, parts, self.labels.device)
+        x = load_batches(self.images, parts, self.labels.device, self.statistics)
         return ((batch, self.labels[part]) for batch, part in zip(x, parts, strict=True))
 
     def epoch(self, order: Tensor, size: int) -> Epoch:
@@ -119,11 +120,13 @@ class Task:
             images = self.augment(self.images[rows], generator)
         else:
             images = self.augment(self.take(rows), generator)
-        return normalize(images) if images.device == self.labels.device else images
+        return normalize(images, self.statistics) if images.device == self.labels.device else images
 
     def _batch(self, epoch: Epoch, index: int, x: Tensor) -> Batch:
         _, y, is_replay, rows = (part[index] for part in epoch)
-        return Batch(x if x.is_floating_point() else normalize(send(x, self.labels.device)), y, is_replay, rows)
+        return Batch(
+            x if x.is_floating_point() else normalize(send(x, self.labels.device), self.statistics), y, is_replay, rows
+        )
 
 
 def user_task(

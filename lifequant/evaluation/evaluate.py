@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lifequant.data.ahead import load_batches
 from lifequant.data.dataset import DataSet, Store
 from lifequant.evaluation.metrics import hits
 from lifequant.qat.layers import no_rounding
@@ -30,7 +29,7 @@ def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> 
     """float32 [len(rows), C], in eval mode, images not augmented."""
     parts = distributed.own_parts(rows.split(batch_size))
     with eval_mode(model):
-        batches = load_batches(store.images, [part for _, part in parts], rows.device)
+        batches = store.batches(part for _, part in parts)
         found = {index: model(x) for (index, _), x in zip(parts, batches, strict=True)}
     return distributed.gather(found, rows.device)
 

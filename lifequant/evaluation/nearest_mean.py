@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant.data.ahead import load_batches
 from lifequant.data.dataset import DataSet, Store
 from lifequant.qat.modes import eval_mode
 
@@ -78,4 +77,4 @@ def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], 
 
 
 def _of_store(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
-    return features(model, load_batches(store.images, rows.split(batch_size), rows.device))
+    return features(model, store.batches(rows.split(batch_size)))

@@ -46,6 +46,7 @@ LIKE_THE_RUNS = (
     "eval_batch_size",
     "target_model",
     "shortcut",
+    "stem",
     "lt_gamma",
     "compile",
     "cache_dir",
@@ -92,7 +93,7 @@ class Run:
 
 
 # Settings that came later: at these values a run keeps the key that it had before them.
-ADDED = {"optimizer": "sgd", "tf32": True}
+ADDED = {"optimizer": "sgd", "tf32": True, "stem": "auto", "source_weights": None}
 
 
 def digest(value: Any) -> str:

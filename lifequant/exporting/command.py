@@ -145,7 +145,7 @@ def _packed(source: Trained, images: Images, out: Path) -> int:
 def _logits(model: torch.nn.Module, pixels: Tensor) -> Iterator[np.ndarray]:
     with torch.inference_mode():
         for batch in pixels.split(BATCH):
-            yield model(normalize(batch)).numpy()
+            yield model(normalize(batch, model.statistics)).numpy()
 
 
 def _decide(parity: Parity, failure: str, images: Images, out: Path, content: bytes) -> int:

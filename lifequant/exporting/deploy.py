@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError
-from lifequant.data.augment import MEAN, STD
+from lifequant.data.augment import Statistics
 from lifequant.exporting import integers
 from lifequant.exporting.integers import Levels, Steps, WeightCodes
 from lifequant.qat.attention import PROJECTIONS, QuantMultiheadAttention
@@ -87,10 +87,10 @@ class StoredLevels(nn.Module):
 class FromBytes(nn.Module):
     """images: uint8 [n, 3, H, W] -> what the network gives for them, normalized as in training (data/augment.py)."""
 
-    def __init__(self, model: nn.Module, fast: bool) -> None:
+    def __init__(self, model: nn.Module, fast: bool, statistics: Statistics) -> None:
         super().__init__()
         self.model, self.fast = model, fast
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in statistics)
         for name, value in (("mean", mean), ("std", std), ("factor", 1 / (255 * std)), ("shift", mean / std)):
             self.register_buffer(name, value.float())
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError
+from lifequant.data.augment import CIFAR
 from lifequant.exporting.deploy import FromBytes, deployed
 from lifequant.exporting.exact import make_exact
 from lifequant.exporting.fast import make_fast
@@ -52,7 +53,9 @@ def make_onnx(
     where they are no text. Raises UserError where the model can't be exported.
     """
     model, notes = deployed(q, integer == "fast")
-    graph = Graph(_captured((FromBytes(model, integer == "fast") if from_bytes else model).eval(), example))
+    if from_bytes:
+        model = FromBytes(model, integer == "fast", getattr(q, "statistics", CIFAR)).eval()
+    graph = Graph(_captured(model.eval(), example))
     settle(graph)
     if integer == "fast":
         batches = list(calibration)

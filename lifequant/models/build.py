@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from lifequant import registry
 from lifequant.config import Config
+from lifequant.data.augment import statistics_of
+from lifequant.models import torchvision_models
 from lifequant.qat.layers import Scheme, set_layer_bits
 
 
@@ -15,9 +19,30 @@ def build(config: Config, num_classes: int) -> nn.Module:
     scheme = make_scheme(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = registry.model(config.target_model)(num_classes, scheme, config.shortcut)
-    set_layer_bits(model, scheme, config.bits_of_layers())
+        if config.target_model in registry.names("model"):
+            model = registry.model(config.target_model)(num_classes, scheme, config.shortcut)
+            set_layer_bits(model, scheme, config.bits_of_layers())
+        else:
+            model = torchvision_models.quantized(
+                config.target_model, num_classes, scheme, config.image_size, config.stem, config.bits_of_layers()
+            )
+    model.statistics = statistics_of(config)  # for who has the model alone
     return model.to(memory_format=torch.channels_last)
+
+
+def build_float(config: Config, num_classes: int) -> nn.Module:
+    """The same network in float, as its authors have it, with the same random weights."""
+    if config.target_model in registry.names("model"):
+        return build(replace(config, bitW=32, abitW=32, layer_bits=None), num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return torchvision_models.make(config.target_model, num_classes, config.image_size, config.stem)
+
+
+def check_model(config: Config) -> None:
+    """Raises UserError if the network can't be built, before any image is read."""
+    if config.target_model not in registry.names("model"):
+        torchvision_models.check(config.target_model, config.image_size, config.stem)
 
 
 def make_scheme(config: Config) -> Scheme:

@@ -16,8 +16,8 @@ from lifequant.data.task import Task
 from lifequant.methods.base import TrainingHooks
 from lifequant.methods.growth import grown, only_old
 from lifequant.methods.importance import CHUNK, at_quantized_weights, per_sample
-from lifequant.qat.layers import Weighted, weight_layers
 from lifequant.qat.packing import packed_bytes
+from lifequant.qat.weights import body_weights
 from lifequant.quantizers.base import FakeQuant
 
 
@@ -47,14 +47,12 @@ class Anchored(Penalty):
         self.anchor_bytes = 0
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
-        """{name: w} that is held near its former value: here the quantized convolution weights."""
-        return {
-            name: layer.weight_quant(layer.weight) for name, layer in weight_layers(model) if layer.weight.dim() == 4
-        }
+        """{name: w} that is held near its former value: here the quantized weights of all layers but the head."""
+        return {w.name: w.quantized() for w in body_weights(model)}
 
     def anchors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """{name: (anchor, scale)} whose product is ``values``, bit for bit."""
-        return {name: codes_and_scale(layer) for name, layer in weight_layers(model) if layer.weight.dim() == 4}
+        return {w.name: codes_and_scale(w.quant, w.tensor) for w in body_weights(model)}
 
     def anchored(self, name: str) -> Tensor:
         """The former value of ``values(model)[name]``."""
@@ -71,7 +69,7 @@ class Anchored(Penalty):
             self.importance = {name: torch.zeros_like(a, dtype=scale.dtype) for name, (a, scale) in anchors.items()}
             self.anchor = {name: anchor.clone() for name, (anchor, _) in anchors.items()}
             self.scale = {name: scale.clone() for name, (_, scale) in anchors.items()}
-            self.anchor_bytes = sum(packed_bytes(layer) for _, layer in weight_layers(model) if layer.weight.dim() == 4)
+            self.anchor_bytes = sum(packed_bytes(w.quant, w.tensor) for w in body_weights(model))
         former = {name: anchor.shape for name, anchor in self.anchor.items()}
         estimate = self.estimate(model, task) if task.task_index > 0 else None
         with torch.no_grad():
@@ -108,9 +106,9 @@ class Anchored(Penalty):
         return {"importance": importance, "reference": self.anchor_bytes}
 
 
-def codes_and_scale(layer: Weighted) -> tuple[Tensor, Tensor]:
-    """(codes, scale) or (values, 1) of a layer's quantized weights: their product is these, bit for bit."""
-    weight, quant = layer.weight.detach(), layer.weight_quant
+def codes_and_scale(quant: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scale) or (values, 1) of a quantized weight: their product is this, bit for bit."""
+    weight = weight.detach()
     if isinstance(quant, FakeQuant) and quant.linear and quant.output_gain is None:
         return quant.codes(weight).to(torch.int8), quant.broadcast_channels(quant.scale(), weight)
     return quant(weight).detach(), weight.new_ones(())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lifequant.data.task import Task
-from lifequant.methods.importance import at_quantized_weights, conv_weights, per_batch
+from lifequant.methods.importance import at_quantized_weights, latent_weights, per_batch
 from lifequant.penalties.base import Anchored, has_replay
 from lifequant.registry import register
 
@@ -22,4 +22,4 @@ class ProxQPaper(Anchored):
         if not has_replay(task, len(task.replay)):
             return None
         net = at_quantized_weights(model)
-        return per_batch(net, conv_weights(net), task.batches(task.replay, task.batch_size))
+        return per_batch(net, latent_weights(net), task.batches(task.replay, task.batch_size))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lifequant.data.task import Task
 from lifequant.penalties.base import Anchored, Penalty, fisher_of_removed_classes
-from lifequant.qat.layers import weight_layers
+from lifequant.qat.weights import Weight, body_weights
 from lifequant.quantizers.base import FakeQuant
 from lifequant.registry import register
 
@@ -31,16 +31,12 @@ class ProxQStep(Anchored):
         self.strength: Tensor | None = None  # lambda eta_t / eta_0, a scalar on the device
 
     def anchors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-        codes = {name: layer.weight_quant.codes(layer.weight) for name, layer in self._layers(model)}
+        codes = {w.name: w.quant.codes(w.tensor) for w in self._weights(model)}
         return {name: (c, torch.ones((), device=c.device)) for name, c in codes.items()}
 
     @staticmethod
-    def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-        return [
-            (name, layer)
-            for name, layer in weight_layers(model)
-            if layer.weight.dim() == 4 and isinstance(layer.weight_quant, FakeQuant)
-        ]
+    def _weights(model: nn.Module) -> list[Weight]:
+        return [w for w in body_weights(model) if isinstance(w.quant, FakeQuant)]
 
     def estimate(self, model: nn.Module, task: Task) -> dict[str, Tensor] | None:
         fisher, _ = fisher_of_removed_classes(model, task)
@@ -58,8 +54,8 @@ class ProxQStep(Anchored):
     @torch.no_grad()
     def move(self, model: nn.Module) -> None:
         """The proximal step of all layers."""
-        for name, layer in self._layers(model):
-            weight, quant = layer.weight, layer.weight_quant
+        for w in self._weights(model):
+            name, weight, quant = w.name, w.tensor, w.quant
             former = self.anchored(name)
             d = quant.to_codes(weight) - former
             size = d.abs()

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import FakeQuant
-
 PROJECTIONS = {
     "in_proj_weight": "weight_quant",
     "q_proj_weight": "q_weight_quant",
@@ -114,10 +112,3 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
             mask = F.pad(mask.to(q.dtype), (0, k.shape[-2] - mask.shape[-1]))
             added = mask if added is None else added + mask
         return added
-
-
-def attention_weights(model: nn.Module) -> Iterator[tuple[FakeQuant, Tensor]]:
-    """(quantizer, weight) of every in-projection."""
-    for module in model.modules():
-        if isinstance(module, QuantMultiheadAttention):
-            yield from ((quant, weight) for quant, weight in module.projections() if isinstance(quant, FakeQuant))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifequant.qat.attention import attention_weights
-from lifequant.qat.layers import fake_quants, weight_layers
+from lifequant.qat.layers import fake_quants
 from lifequant.qat.modes import preserve_state
+from lifequant.qat.weights import weights
 from lifequant.quantizers.base import HALF, FakeQuant
 
 
@@ -25,7 +25,7 @@ def hook_activations(model: nn.Module, function: Callable[[str, FakeQuant, Tenso
     """
     handles = []
     for name, quant in fake_quants(model):
-        if "weight_quant" not in name.split("."):  # which may have another below it
+        if not any(part.endswith("weight_quant") for part in name.split(".")):  # which may have another below it
             handles.append(
                 quant.register_forward_pre_hook(lambda module, args, name=name: function(name, module, args[0]))
             )
@@ -55,11 +55,9 @@ def calibrate_network(model: nn.Module, x: Tensor) -> None:
 @torch.no_grad()
 def calibrate_weights(model: nn.Module) -> None:
     """Set the scales of all weights."""
-    for _, layer in weight_layers(model):
-        if isinstance(layer.weight_quant, FakeQuant):
-            calibrate_quantizer(layer.weight_quant, layer.weight)
-    for quant, weight in attention_weights(model):
-        calibrate_quantizer(quant, weight)
+    for weight in weights(model):
+        if isinstance(weight.quant, FakeQuant):
+            calibrate_quantizer(weight.quant, weight.tensor)
 
 
 def calibrate_quantizer(quant: FakeQuant, x: Tensor) -> None:

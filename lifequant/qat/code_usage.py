@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.qat.calibration import hook_activations
-from lifequant.qat.layers import weight_layers
 from lifequant.qat.modes import eval_mode
+from lifequant.qat.weights import weights
 from lifequant.quantizers.base import FakeQuant
 
 
@@ -35,9 +35,9 @@ def code_counts(model: nn.Module, x: Tensor) -> dict[str, CodeCounts]:
         first, last = min(quant.qn, least), max(quant.qp, most)
         found[name] = CodeCounts(quant, first, torch.bincount(codes - first, minlength=last - first + 1))
 
-    for name, layer in weight_layers(model):
-        if isinstance(layer.weight_quant, FakeQuant):
-            count(f"{name}.weight_quant", layer.weight_quant, layer.weight)
+    for weight in weights(model):
+        if isinstance(weight.quant, FakeQuant):
+            count(f"{weight.of}.{weight.quantizer}", weight.quant, weight.tensor)
     with eval_mode(model), hook_activations(model, count):
         model(x)
     return found

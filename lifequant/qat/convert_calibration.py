@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lifequant.common.errors import UserError
-from lifequant.qat.attention import attention_weights
 from lifequant.qat.calibration import calibrate_quantizer, calibrate_weights, hook_activations, is_empty
 from lifequant.qat.convert_inputs import WEIGHTED
 from lifequant.qat.convert_report import Quantization, add_findings
 from lifequant.qat.input_observer import LayerInputs, sample_with_extremes
 from lifequant.qat.layer_inputs import TAKING, OpenInput
-from lifequant.qat.layers import QuantReLU, fake_quants, weight_layers
+from lifequant.qat.layers import QuantReLU, fake_quants
 from lifequant.qat.modes import preserve_state
 from lifequant.qat.refit import refit_activation, refit_weight, relative_error
+from lifequant.qat.weights import Weight, weights
 from lifequant.quantizers.base import FakeQuant
 
 NUM_BATCHES = 8  # batches that calibrate() reads
@@ -124,19 +124,18 @@ def _calibrate_on_calls(
     add_findings(q, layers, observer.layer_inputs, observer.uses, observer.reached, _errors(q, observer))
 
 
-def _weights(q: nn.Module) -> Iterator[tuple[FakeQuant, Tensor]]:
-    """(quantizer, weight) of all weights."""
-    yield from ((m.weight_quant, m.weight) for _, m in weight_layers(q) if isinstance(m.weight_quant, FakeQuant))
-    yield from attention_weights(q)
+def _weights(q: nn.Module) -> list[Weight]:
+    """All weights that are quantized."""
+    return [weight for weight in weights(q) if isinstance(weight.quant, FakeQuant)]
 
 
 def _errors(q: nn.Module, observer: _Observer) -> dict[str, tuple[FakeQuant, float]]:
     """{tensor: (quantizer, relative error)}; "layer1" is a layer's weights or a ReLU's outputs, "layer1, input" its input."""
-    weights, found = {id(quant): weight for quant, weight in _weights(q)}, {}
+    quantized, found = {id(weight.quant): weight.tensor for weight in _weights(q)}, {}
     for name, quant in fake_quants(q):
         layer, _, place = name.removesuffix(".quant").rpartition(".")
-        if id(quant) in weights:
-            found[layer] = quant, relative_error(quant, weights[id(quant)])
+        if id(quant) in quantized:
+            found[layer] = quant, relative_error(quant, quantized[id(quant)])
         elif name in observer.inputs:
             of_relu = isinstance(q.get_submodule(layer), QuantReLU)
             text = layer if of_relu else f"{layer}, {place.replace('act_quant', 'input').removesuffix('_quant')}"
@@ -152,8 +151,8 @@ def _observed(
 ) -> tuple[_Observer, int]:
     """What the forward calls show, and how many there were. The scales are set meanwhile."""
     calibrate_weights(q)
-    for quant, weight in _weights(q):
-        refit_weight(quant, weight)
+    for weight in _weights(q):
+        refit_weight(weight.quant, weight.tensor)
     observer = _Observer()
     count = 0
     devices = sorted({p.device.index for p in q.parameters() if p.is_cuda})

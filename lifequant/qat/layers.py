@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -261,12 +260,6 @@ def check_bits(bits: int, what: str) -> None:
     """Raises UserError for a bit-width that isn't offered; ``what`` begins its message."""
     if bits not in BIT_WIDTHS:
         raise UserError(f"{what}: {bits!r} bits are not offered (known: {', '.join(map(str, BIT_WIDTHS))})")
-
-
-@torch.no_grad()
-def quantized_weights(model: nn.Module) -> dict[str, Tensor]:
-    """{layer: the weights that the network computes with}, float32."""
-    return {name: layer.weight_quant(layer.weight).detach().clone() for name, layer in weight_layers(model)}
 
 
 @contextmanager

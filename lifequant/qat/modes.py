@@ -10,6 +10,8 @@ from torch import nn
 
 from lifequant.qat.layers import fake_quants
 
+DROPPED = ("StochasticDepth", "DropPath")  # torchvision's and timm's, which drop whole branches
+
 
 @contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
@@ -49,7 +51,7 @@ def preserve_state(model: nn.Module, train: bool | None = None) -> Iterator[None
         if train is not None and train != model.training:
             model.train(train)
         for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
+            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in DROPPED:
                 module.eval()
         try:
             yield

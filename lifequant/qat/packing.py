@@ -8,20 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lifequant.qat.attention import attention_weights
-from lifequant.qat.layers import QuantConv2d, QuantLinear, weight_layers
+from lifequant.qat.weights import weights
 from lifequant.quantizers.base import FakeQuant
 
 
-def packed_bytes(layer: QuantConv2d | QuantLinear) -> int:
-    """Bytes of a layer's weights at their bit-width, and of their scales in float32.
+def packed_bytes(quant: nn.Module, weight: Tensor) -> int:
+    """Bytes of a weight at its bit-width, and of its scales in float32.
 
     A quantizer that exceeds its bits is counted with the bits that its codes need.
     """
-    return _bytes_of(layer.weight_quant, layer.weight)
-
-
-def _bytes_of(quant: nn.Module, weight: Tensor) -> int:
     if not isinstance(quant, FakeQuant):
         return 4 * weight.numel()
     bits, _ = bits_and_first(quant, quant.codes(weight) if quant.exceeds_bits else None)
@@ -30,11 +25,11 @@ def _bytes_of(quant: nn.Module, weight: Tensor) -> int:
 
 def packed_model_bytes(model: nn.Module) -> int:
     """Bytes of a model: weights at their bit-width, and everything else (BatchNorm, biases, scales) in float32."""
-    quantized = [(layer.weight_quant, layer.weight) for _, layer in weight_layers(model)] + [*attention_weights(model)]
+    quantized = [(weight.quant, weight.tensor) for weight in weights(model)]
     packed = {id(weight) for _, weight in quantized} | {id(p) for quant, _ in quantized for p in quant.parameters()}
     rest: Iterable[Tensor] = [p for p in model.parameters() if id(p) not in packed]
     buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    return sum(_bytes_of(*pair) for pair in quantized) + 4 * sum(t.numel() for t in [*rest, *buffers])
+    return sum(packed_bytes(*pair) for pair in quantized) + 4 * sum(t.numel() for t in [*rest, *buffers])
 
 
 def bits_and_first(quant: FakeQuant, codes: Tensor | None) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.evaluation.nearest_mean import nme_accuracy
 from lifequant.qat.code_usage import CodeCounts, code_counts
-from lifequant.qat.layers import quantized_weights, weight_layers
 from lifequant.qat.packing import packed_model_bytes
+from lifequant.qat.weights import quantized_weights, weights
 from lifequant.quantizers.base import FakeQuant
 from lifequant.results import curves, schema
 from lifequant.results.run_warnings import warn_of, warn_of_one_code
@@ -29,7 +29,8 @@ from lifequant.training.run import Run
 
 SCHEMA = 1
 KEPT = ("importance", "reference", "logits", "average", "oscillation")
-CODE_IMAGES = 256  # training images over which activation codes are counted
+SMALL = 32  # pixels a side
+CODE_PIXELS = 256 * SMALL**2  # of training images over which activation codes are counted: 256 images, fewer large ones
 
 
 def read_window(run: Run, task: Any, bar: Any, lr: float) -> None:
@@ -66,7 +67,8 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
 def count_codes(run: Run, task: Any) -> dict[str, CodeCounts]:
     """How often each code of each tensor occurs, of activations over the first images of the task's pool."""
     with run.timer.within("evaluation"):
-        return code_counts(run.model, task.batch(task.pool[:CODE_IMAGES])[0])
+        images = max(8, CODE_PIXELS // max(SMALL, run.config.image_size) ** 2)
+        return code_counts(run.model, task.batch(task.pool[:images])[0])
 
 
 def end_task(run: Run, task: Any) -> None:
@@ -94,9 +96,9 @@ def end_task(run: Run, task: Any) -> None:
         shares = run.oscillations.share()
         history["oscillation"].append({"oscillating": shares, "frozen": run.oscillations.frozen_share()})
     codes = run.codes = count_codes(run, task)
-    for name, layer in weight_layers(run.model):
-        if isinstance(layer.weight_quant, FakeQuant) and (codes[f"{name}.weight_quant"].counts > 0).sum() == 1:
-            warn_of_one_code(run, name)
+    for w in weights(run.model):
+        if isinstance(w.quant, FakeQuant) and (codes[f"{w.of}.{w.quantizer}"].counts > 0).sum() == 1:
+            warn_of_one_code(run, w.name)
     curves.add_task_end(run, codes)
     warn_of(run, task_index)
     accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
@@ -107,19 +109,19 @@ def end_task(run: Run, task: Any) -> None:
 
 def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
     """The quantized weights and the weights' scales at the end of each task, read from the checkpoints of that time."""
-    weights, steps = [], []
+    kept, steps = [], []
     with run.timer.within("checkpoint"):
         run.writer.wait()
     now = {name: value.clone() for name, value in run.model.state_dict().items()}
     for task_index in range(run.num_tasks):
         run.model.load_state_dict(checkpoint.read(run_folder.task_file(run.config.job_dir, task_index), "run")["model"])
-        weights.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
-        quants = {name: layer.weight_quant for name, layer in weight_layers(run.model)}
+        kept.append({name: value.cpu() for name, value in quantized_weights(run.model).items()})
+        quants = {w.name: w.quant for w in weights(run.model)}
         steps.append(
             {name: quant.scale().mean().item() for name, quant in quants.items() if isinstance(quant, FakeQuant)}
         )
     run.model.load_state_dict(now)
-    return weights, steps
+    return kept, steps
 
 
 def assemble(run: Run) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def assemble(run: Run) -> dict[str, Any]:
     for name, (quant, _, counts) in codes.items():
         if int((counts > 0).sum()) > 2**quant.bits and not quant.exceeds_bits:
             raise RuntimeError(f"{name} has {int((counts > 0).sum())} codes, more than {quant.bits} bits have")
-    weights, steps = snapshots(run)
+    quantized, steps = snapshots(run)
     tests = [len(rows) for rows in data.test_rows]
     joint = run.method.joint
     images = (
@@ -155,7 +157,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "forgetting_rate": metrics.forgetting_rate(R),
         "bwt": metrics.bwt(R),
         "fwt": metrics.fwt(R, history["baseline"]) if history["baseline"] else None,
-        "space_shift": metrics.space_shift(weights),
+        "space_shift": metrics.space_shift(quantized),
         "step_change": metrics.step_change(steps),
         "top1_nme": history["top1_nme"] or None,
         "average_accuracy_nme": metrics.average_accuracy(history["top1_nme"]),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lifequant.checkpointing import checkpoint, run_folder
+from lifequant.checkpointing import checkpoint, float_weights, run_folder
 from lifequant.common.commands import command
 from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.qat.calibration import calibrate_network
+from lifequant.qat.convert import calibrate
 from lifequant.runtime import distributed
 from lifequant.training.run import Run
 
 CALIBRATION_IMAGES = 256
+CALIBRATION_BATCH = 32  # images at a time, of networks that may be large
 
 
 def prepare(run: Run) -> None:
@@ -23,17 +27,17 @@ def prepare(run: Run) -> None:
     config, data = run.config, run.data
     first = data.task(0, config, run.method.joint)
     x, _ = first.batch(first.new_rows[torch.linspace(0, len(first.new_rows) - 1, CALIBRATION_IMAGES).long().unique()])
-    calibrate_network(run.model, x)
+    _calibrate(run, x)
     if not run.method.joint and run.num_tasks > 1:
         with run.timer.within("evaluation"):
             run.history["baseline"] = evaluate(run.model, data, config.eval_batch_size, with_error=False).top1
     if config.pretrained:
-        path = find_source(config)
-        if not checkpoint.load_source(path, config, run.model, data.num_classes):
+        name, fits = _load_source(run)
+        if not fits:
             run.log.say(
-                f"source {path}: converted to {config.bitW}-bit weights and {config.abitW}-bit activations ({config.quantizer})"
+                f"source {name}: converted to {config.bitW}-bit weights and {config.abitW}-bit activations ({config.quantizer})"
             )
-            calibrate_network(run.model, x)
+            _calibrate(run, x)
     if config.start_task:
         state = run_folder.fork(config, run.data_key)
         former = state["config"]
@@ -56,6 +60,35 @@ def prepare(run: Run) -> None:
         run.log.say(f"begun at task {data.ids[run.task_index]} with the state of {config.from_run}")
 
 
+def _calibrate(run: Run, x: Tensor) -> None:
+    """Set the scales of the run's network from images ``x``, float [N, 3, H, W]."""
+    if hasattr(run.model, "quantization"):  # of quantize_model, which reports and warns of what it finds
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            calibrate(run.model, x.split(CALIBRATION_BATCH), train=True)
+        for warning in found:
+            run.log.warn(str(warning.message).replace(" (q.quantization lists all)", ""))
+    else:
+        calibrate_network(run.model, x)
+
+
+def _load_source(run: Run) -> tuple[object, bool]:
+    """Load the source model. (its name, whether its quantizers fit and were loaded with it)"""
+    config, classes = run.config, run.data.num_classes
+    if config.source_weights:
+        name: object = f"{config.target_model} {config.source_weights}"
+        weights = distributed.one_first(lambda: float_weights.download(config))
+    else:
+        name = path = find_source(config)
+        if checkpoint.is_ours(path):
+            return path, checkpoint.load_source(path, config, run.model, classes)
+        weights = float_weights.state_dict_in(float_weights.read(path), path)
+    state = float_weights.load_float(name, weights, config, classes, run.log.say)
+    checkpoint.load_float(Path(str(name)), run.model, state)
+    checkpoint.refuse_nonfinite(Path(str(name)), run.model)
+    return name, False
+
+
 def find_source(config: Config) -> Path:
     """The source model's file; of a run's folder its model_best.pt. Raises UserError with the command that makes one."""
     path = Path(config.source_dir) / config.source_file
@@ -68,7 +101,7 @@ def find_source(config: Config) -> Path:
     if found is None:
         folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
         words = ["--csv_dir", config.csv_dir]
-        for name in ("data_dir", "dataset", "num_classes", "image_size", "target_model", "shortcut"):
+        for name in ("data_dir", "dataset", "num_classes", "image_size", "target_model", "shortcut", "stem"):
             if (value := getattr(config, name)) != getattr(Config, name):
                 words += [f"--{name}", str(value)]
         words += ["--method", "original", "--bitW", "32", "--num_tasks", "1", "--job_dir", str(folder)]

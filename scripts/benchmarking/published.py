@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from lifequant import registry
-from lifequant.data.augment import MEAN, STD
+from lifequant.data.augment import CIFAR
 
 CLASSES = 10
 FILES = 1024
@@ -100,7 +100,7 @@ class Files(Dataset):
                 transforms.RandomCrop(32, padding=4),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
+                transforms.Normalize(*CIFAR),
             ]
         )
 
