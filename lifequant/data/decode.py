@@ -125,11 +125,12 @@ def decode_whole(path: Path, content: np.ndarray | None = None) -> tuple[np.ndar
 
 def _by_torchvision(content: np.ndarray) -> np.ndarray | None:
     """uint8 [H, W, 3] of a JPEG's bytes; None where torchvision can't, so that Pillow says what is wrong."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # takes a second, which runs of small images needn't wait for
-
     try:
+        # It takes a second, which runs of small images needn't wait for. Releases after 0.29 may have it no more.
+        from torchvision.io import ImageReadMode, decode_jpeg
+
         return decode_jpeg(torch.from_numpy(content), ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except RuntimeError:
+    except (ImportError, RuntimeError):
         return None
 
 
@@ -199,9 +200,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def silence() -> None:
-    """Silence Pillow's warnings from here on, where images are decoded at any time: what matters raises an error anyway."""
+    """Silence the decoders' warnings from here on, where images are decoded at any time: what matters raises an error anyway."""
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", module=r"PIL\.|torchvision\.io")
 
 
 @contextmanager
