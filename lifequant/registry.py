@@ -16,6 +16,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from lifequant import presets
@@ -134,11 +135,20 @@ def describe() -> str:
     lists = [
         f"{title}:\n" + "\n".join(_entry(name, line) for name, line in sorted(lines.items())) for title, lines in parts
     ]
+    lists.append(
+        "recipes (lifequant sweep NAME):\n" + "\n".join(_entry(n, _title(p)) for n, p in presets.recipes().items())
+    )
     return "\n\n".join([*lists, f"torchvision:\n  {of_torchvision}"])
 
 
 def _aliases(kind: str, name: str) -> str:
     return "".join(f"; also called {alias}" for alias, meant in ALIASES.get(kind, {}).items() if meant == name)
+
+
+def _title(recipe: Path) -> str:
+    return next(line for line in recipe.read_text(encoding="utf-8").split("\n") if line.startswith("title")).split('"')[
+        1
+    ]
 
 
 def _entry(name: str, text: str) -> str:

@@ -7,15 +7,18 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lifequant.config import REPLAY_RATE
+from lifequant.config import REPLAY_RATE, Config
 from lifequant.data.create.class_folders import class_images, class_names
 from lifequant.experiments.grid import Run, checked
 from lifequant.experiments.grid_tasks import classes_of_tasks
+from lifequant.models.build import operations
+from lifequant.options import make
 
-GUESS = 200.0  # images of 32 pixels a second and core: what a time is reckoned from before a run has finished
+GUESS = 200.0  # images of 32 pixels a second and core, of a ResNet-20: what a time is reckoned from before a run has finished
 START = 8.0  # seconds of a run without its steps, before one has finished
 QUANTIZED = 1.5  # about what an image costs in a quantized network, in units of a float network's (docs/benchmark.md)
 LEFT = re.compile(r" (?:(\d+) h )?(\d+) (s|min) left$", re.MULTILINE)  # the end of an epoch's line
@@ -30,15 +33,25 @@ def images_of_classes(data_dir: Path) -> list[int]:
     return list(counts.values())
 
 
+def cost(config: Config) -> float:
+    """What an image costs, in units of one of 32 pixels in a ResNet-20."""
+    return _operations(config.target_model, config.image_size, config.stem) / _operations("resnet20", 32, "auto")
+
+
+@cache
+def _operations(target_model: str, image_size: int, stem: str) -> int:
+    return operations(make(target_model=target_model, image_size=image_size, stem=stem))
+
+
 def work(run: Run, counts: Sequence[int]) -> tuple[float, float]:
-    """(of the whole run, of what it trains itself): images of 32 pixels that a float network would train on in that time."""
+    """(of the whole run, of what it trains itself): images of 32 pixels that a float ResNet-20 would train on in that time."""
     config, tasks = checked(run, run.name), run.tasks
     most = tasks.get("images_per_class") or max(counts)
     each = [min(most, n) * (1 - tasks.get("held_out", 0.0)) for n in counts]
     new = [sum(each[label] for label in labels) for labels in classes_of_tasks(tasks, len(counts), run.task_seed)]
     rate = 0.0 if config.replay_rate == 0 or config.buffer_size else config.replay_rate or REPLAY_RATE
     images = [n + rate * sum(new[:t]) + min(config.buffer_size or 0, sum(new[:t])) for t, n in enumerate(new)]
-    scale = config.num_epochs * (config.image_size / 32) ** 2 * (QUANTIZED if config.bitW < 32 else 1.0)
+    scale = config.num_epochs * cost(config) * (QUANTIZED if config.bitW < 32 else 1.0)
     images = images[: config.num_tasks]
     return scale * sum(images), scale * sum(images[config.start_task :])
 

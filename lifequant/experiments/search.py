@@ -35,8 +35,9 @@ from lifequant.common.errors import UserError
 from lifequant.common.files import write_all
 from lifequant.common.text import duration
 from lifequant.experiments import result_files
+from lifequant.experiments.executor import Local
 from lifequant.experiments.grid import read_grid, runs_of_grid
-from lifequant.experiments.sweep import Local, Sweep
+from lifequant.experiments.sweep import Sweep
 
 
 class Search:

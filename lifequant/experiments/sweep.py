@@ -19,77 +19,31 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
+from lifequant import presets
 from lifequant.common.arguments import Parser, int_at_least
 from lifequant.common.commands import command
-from lifequant.common.errors import one_line
+from lifequant.common.errors import UserError, closest, one_line
 from lifequant.common.text import duration, wrapped
 from lifequant.experiments import result_files
 from lifequant.experiments.estimate import GUESS, Estimate, said_left, spent
+from lifequant.experiments.executor import Executor, Local
 from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
 from lifequant.experiments.grid_tasks import write_tasks
-from lifequant.experiments.slurm import TRAIN, Slurm, python_path
+from lifequant.experiments.slurm import Slurm
 
 LOG = f"sweep{os.getpid()}.log"  # what a run said to this sweep, in its folder
 IN_USE = "is in use by"  # another sweep, or one that was killed, has this run under way
 WAIT = 0.3  # seconds between looks
 TELL = 5.0  # seconds after which the time left is shown anew, on a terminal
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # without tqdm's own guess of the time left
-
-
-class Executor(Protocol):
-    """Starts runs, at most ``slots`` at a time."""
-
-    slots: int
-    queues: bool  # whether a run may wait before it begins
-
-    def start(self, arguments: list[str], log: Path) -> Any: ...
-
-    def code(self, handle: Any) -> int | None:
-        """The exit code of a run; None while it runs."""
-
-    def stop(self, handles: list[Any]) -> None:
-        """Called when the sweep is stopped, with the runs that are still running."""
-
-
-class Local:
-    """Runs processes on this machine, which share its cores."""
-
-    queues = False
-
-    def __init__(self, jobs: int) -> None:
-        self.slots = jobs
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": python_path(),
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-        }
-
-    def start(self, arguments: list[str], log: Path) -> subprocess.Popen:
-        with log.open("w", encoding="utf-8") as out:
-            words = [sys.executable, *TRAIN, *arguments]
-            return subprocess.Popen(
-                words, stdout=out, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
-            )
-
-    def code(self, handle: subprocess.Popen) -> int | None:
-        return handle.poll()
-
-    def stop(self, handles: list[subprocess.Popen]) -> None:
-        for handle in handles:
-            handle.terminate()  # they write a checkpoint
-        for handle in handles:
-            handle.wait()
 
 
 class Sweep:
@@ -250,7 +204,7 @@ def interrupted(*_: Any) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(description="Run a grid of runs, a few at a time.")
-    parser.add_argument("grid", help="TOML, as grid.py says")
+    parser.add_argument("grid", help="a TOML file that names the runs, or a recipe by its name (lifequant list)")
     parser.add_argument("--data_dir", required=True, help="folder with train/<class>/* and test/<class>/*")
     parser.add_argument("--out", required=True, help="folder of the runs and of their results; grids may share it")
     parser.add_argument(
@@ -272,7 +226,11 @@ def main(argv: Sequence[str]) -> int:
         "--cluster", choices=("slurm", "local"), default="slurm", help="local: try the way to Slurm without it"
     )
     args = parser.parse_args(argv)
-    grid, out, data_dir = Path(args.grid), Path(args.out).resolve(), Path(args.data_dir).resolve()
+    grid = presets.recipes().get(args.grid, Path(args.grid))
+    if not grid.exists():
+        near = closest(args.grid, presets.recipes())
+        raise UserError(f"{args.grid}: no such file, and no recipe of that name{near} ({', '.join(presets.recipes())})")
+    out, data_dir = Path(args.out).resolve(), Path(args.data_dir).resolve()
     have = result_files.shown_results(args.have)
     runs = runs_of_grid(read_grid(grid), out, args.grid, have)
     if args.slurm:

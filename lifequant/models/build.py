@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lifequant import registry
 from lifequant.config import Config
@@ -37,6 +38,17 @@ def build_float(config: Config, num_classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return torchvision_models.make(config.target_model, num_classes, config.image_size, config.stem)
+
+
+def operations(config: Config) -> int:
+    """Multiplications and additions of the forward pass of one image in float. Found without weights, so at once."""
+    on = "cpu" if torchvision_models.needs_weights(config.target_model) else "meta"
+    with torch.device(on), torch.no_grad():
+        net = build_float(config, 2).eval()
+        image = torch.empty(1, 3, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter:
+            net(image)
+    return counter.get_total_flops()
 
 
 def check_model(config: Config) -> None:

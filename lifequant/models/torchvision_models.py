@@ -104,9 +104,7 @@ def check(name: str, image_size: int, stem: str) -> None:
                 f"--image_size {image_size}: {name} cuts images into patches of {patch} pixels, at least {LEAST_PATCHES} along a "
                 f"side: give a multiple of {patch} from {LEAST_PATCHES * patch} on"
             )
-    if name.startswith(
-        "regnet_"
-    ):  # takes any size; it computes its widths by tensors, which can't be read on this device
+    if needs_weights(name):  # it takes any size
         return
     try:
         with torch.device("meta"), torch.no_grad():
@@ -117,6 +115,11 @@ def check(name: str, image_size: int, stem: str) -> None:
         raise UserError(
             f"--image_size {image_size}: {name} can't take images of that size ({short(error)}): give a larger one, like 224"
         ) from None
+
+
+def needs_weights(name: str) -> bool:
+    """Whether a model can't be made on torch's device "meta": RegNets compute their widths by tensors."""
+    return name.startswith("regnet_")
 
 
 def fitted_positions(

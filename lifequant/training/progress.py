@@ -77,7 +77,7 @@ def line(run: Run, task: Task, epoch: int, values: Mapping[str, float]) -> str:
         f"top-1 {values['top1']:.1f} %",
     ]
     if speed := run.timer.images_per_second():
-        parts.append(f"{speed:.0f} images/s")
+        parts.append(f"{_speed(speed)} images/s")
     if (left := seconds_left(run)) is not None:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
@@ -91,7 +91,7 @@ def show(run: Run, task: Task, bar: tqdm, values: Mapping[str, float]) -> None:
     if run.expects_time and (epoch > 0 or run.history["timed_seconds"] > KNOWN_AFTER):
         run.expects_time = False
         if epoch == 0 and left and left > 60:
-            run.log.say(f"about {duration(left)} to go, at {run.timer.images_per_second():.0f} images/s")
+            run.log.say(f"about {duration(left)} to go, at {_speed(run.timer.images_per_second())} images/s")
 
 
 def seconds_left(run: Run) -> float | None:
@@ -104,3 +104,7 @@ def seconds_left(run: Run) -> float | None:
     parts = run.history["seconds_by_part"]
     at_end = sum(parts.get(name, 0.0) for name in AT_TASK_END) / run.task_index if run.task_index else 0.0
     return images / speed + at_end * (run.num_tasks - run.task_index)
+
+
+def _speed(images_per_second: float) -> str:
+    return f"{images_per_second:.{0 if images_per_second >= 10 else 1}f}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.checkpointing.async_writer import Writer
+from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.data.dataset import DataSet, data_key
 from lifequant.data.task import Batch, Task
@@ -48,6 +49,11 @@ class Run:
         self.task_index = self.step = 0  # the task, and the steps done in it
         self.reading_interval = 1  # steps of this task between two readings of the loss
         self.set_model(distributed.synchronized(build(config, dataset.num_classes).to(device), device))
+        for flag in [flag for flag in ("nme", "head_epochs") if getattr(config, flag)]:
+            if not any(isinstance(module, nn.Linear) for module in self.model.modules()):
+                raise UserError(
+                    f"--{flag}: {config.target_model} has no linear layer that could be its head: leave it out"
+                )
         self.teacher: nn.Module | None = None  # the former task's model, where something distills from it
         self.teach: Callable[[Tensor], Tensor] | None = None  # its forward, compiled where the step is
         if (config.distill or self.method.needs_teacher) and self.num_tasks > 1:
