@@ -12,9 +12,13 @@ from PIL import Image, ImageOps
 
 
 def pixels(path: str, size: int, resize: int) -> np.ndarray:
-    """uint8 [1, 3, size, size]: the middle of the image, its shorter side scaled to ``resize``, as in the run's evaluation."""
+    """uint8 [1, 3, size, size]: the middle of the image, its shorter side scaled to ``resize``, as the run's evaluation."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # 16 bits of gray must become 8 before
-    side = min(image.size) * size / resize
+    side = min(image.size)
+    if resize != size:  # of --augment reference: torchvision's Resize and CenterCrop
+        image = image.resize(tuple(resize * length // side for length in image.size), Image.Resampling.BILINEAR)
+        left, top = (round((length - size) / 2) for length in image.size)
+        return np.asarray(image)[top : top + size, left : left + size].transpose(2, 0, 1)[None]
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     if image.size != (size, size):

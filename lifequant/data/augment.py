@@ -154,8 +154,17 @@ def _sources(positions: Tensor, start: Tensor, length: Tensor, whole: int) -> tu
 
 def _resample(images: Tensor, sources: tuple[Tensor, Tensor, Tensor], dim: int) -> Tensor:
     """uint8 [N, C, H, W], each pixel along ``dim`` a mean of two pixels."""
+    if images.device.type == "cpu":  # image by image takes half the time of a gather
+        return torch.stack([_resample_one(*of_one, dim - 1) for of_one in zip(images, *sources, strict=True)])
     shape = [len(images), 1, 1, 1]
     shape[dim] = -1
     below, above, weight = (send(s, images.device).view(shape) for s in sources)
     below, above = (images.gather(dim, index.expand(images.shape)).float() for index in (below, above))
     return below.lerp_(above, weight.float() / _ONE).add_(0.5).byte()  # 8 and 15 bits: exact in float32's 24
+
+
+def _resample_one(image: Tensor, below: Tensor, above: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """The same of uint8 [C, H, W]."""
+    weight = (weight.float() / _ONE).view([-1, 1] if dim == 1 else [-1])
+    below, above = (image.index_select(dim, index).float() for index in (below, above))
+    return below.lerp_(above, weight).add_(0.5).byte()
