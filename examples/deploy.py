@@ -11,10 +11,14 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def pixels(path: str, size: int) -> np.ndarray:
-    """uint8 [1, 3, size, size]: the middle of the image, scaled as in training."""
+def pixels(path: str, size: int, resize: int) -> np.ndarray:
+    """uint8 [1, 3, size, size]: the middle of the image, its shorter side scaled to ``resize``, as the run's evaluation."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # 16 bits of gray must become 8 before
     side = min(image.size)
+    if resize != size:  # of --augment reference: torchvision's Resize and CenterCrop
+        image = image.resize(tuple(resize * length // side for length in image.size), Image.Resampling.BILINEAR)
+        left, top = (round((length - size) / 2) for length in image.size)
+        return np.asarray(image)[top : top + size, left : left + size].transpose(2, 0, 1)[None]
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     if image.size != (size, size):
@@ -24,8 +28,9 @@ def pixels(path: str, size: int) -> np.ndarray:
 
 def main(model: str, path: str) -> None:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-    images = pixels(path, session.get_inputs()[0].shape[-1])
+    metadata = session.get_modelmeta().custom_metadata_map
+    class_names, size = json.loads(metadata["class_names"]), session.get_inputs()[0].shape[-1]
+    images = pixels(path, size, int(metadata.get("resize", size)))
     (logits,) = session.run(["logits"], {"images": images})  # the model normalizes the pixels itself
     shares = np.exp(logits[0] - logits[0].max())
     shares /= shares.sum()

@@ -15,6 +15,7 @@ from lifequant.quantizers.base import BIT_WIDTHS
 
 RESUME_JOB_DIR = "True"  # the value of --resume that means the run in job_dir
 REPLAY_RATE = 0.2  # the best of 10, 20 and 35 % in the paper
+REFERENCE_CROP_SCALE = 0.08  # --crop_scale of --augment reference, as torchvision's recipe has it
 
 
 def flag(
@@ -101,8 +102,8 @@ class Config:
         None, DATA, "folder of the images (default: as dataset.json says, else data_dir/<data set>)", path=True
     )
     cache_dir: str | None = flag(None, DATA, "folder for decoded images (default: the user's cache folder)", path=True)
-    cache: str = flag("auto", DATA, "hold decoded images in memory, or read each batch from the file; auto: by the memory available",
-                      choices=["memory", "mmap", "auto"], free=True)  # fmt: skip
+    cache: str = flag("auto", DATA, "hold images decoded in memory, or encoded (as their files' bytes), or read each batch from the file of decoded ones; auto: by the memory available",
+                      choices=["memory", "encoded", "mmap", "auto"], free=True)  # fmt: skip
     num_tasks: int | None = flag(
         None, DATA, "number of tasks to run (default: all that have CSVs)", type=int_at_least(1)
     )
@@ -113,10 +114,13 @@ class Config:
     image_size: int = flag(
         32, DATA, "side of the images in pixels; images are scaled and cropped to it", type=int_at_least(8)
     )
-    augment: str = flag("auto", DATA, "crop shifts images by up to 4 pixels, resized_crop scales up a random part; auto: by size",
-                        choices=["auto", "crop", "resized_crop"])  # fmt: skip
+    augment: str = flag("auto", DATA, "crop shifts images by up to 4 pixels, resized_crop scales up a random part; reference: torchvision's recipe for photographs, parts of the whole image, evaluated on its middle; auto: crop or resized_crop, by size",
+                        choices=["auto", "crop", "resized_crop", "reference"])  # fmt: skip
     crop_scale: float = flag(
-        0.35, DATA, "smallest part that resized_crop takes, as a share of the image's area (timm: 0.08)", type=share
+        0.35,
+        DATA,
+        "smallest part that resized_crop takes, as a share of the image's area (reference: 0.08)",
+        type=share,
     )
     lt_gamma: float = flag(
         1.0,

@@ -15,7 +15,7 @@ from typing import Any
 from lifequant import presets, registry
 from lifequant.common.arguments import FALSE, TRUE, Parser
 from lifequant.common.errors import UserError
-from lifequant.config import DATA, METHOD, QUANT, RESUME_JOB_DIR, RUN, TRAIN, Config
+from lifequant.config import DATA, METHOD, QUANT, REFERENCE_CROP_SCALE, RESUME_JOB_DIR, RUN, TRAIN, Config
 from lifequant.models import torchvision_models
 
 LIFEQUANT_NAMES = ("life_q", "lifeq")  # the original's two spellings of its quantizer, after --method
@@ -200,6 +200,12 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
         raise UserError(
             f"--nme needs stored images, and {given['method']} stores none: give --replay_rate or --buffer_size"
         )
+    if given.get("augment") == "reference":
+        given.setdefault("crop_scale", REFERENCE_CROP_SCALE)
+        if given.get("cache") == "mmap":
+            raise UserError(
+                "--cache mmap: its file has images of one size, and --augment reference takes parts of whole photographs: use encoded or auto"
+            )
     given["ll_method"] = given["method"]
     given["target_model"] = given.get("target_model", "resnet20").removesuffix("_quant")
     _check_network(given)

@@ -22,7 +22,8 @@ from lifequant.common.files import write_all
 from lifequant.common.safe_files import short
 from lifequant.data.augment import normalize
 from lifequant.data.create.class_folders import EXTENSIONS
-from lifequant.data.decode import decode, is_image, quiet
+from lifequant.data.decode import is_image, quiet
+from lifequant.data.photographs import as_evaluated
 from lifequant.predict import load
 from lifequant.runtime.onnx_session import session
 
@@ -34,6 +35,7 @@ class Classifier(NamedTuple):
 
     class_names: list[str]
     image_size: int  # pixels a side
+    resize: int  # pixels of an image's shorter side before its middle is taken
     logits: Callable[[Tensor], Tensor]  # uint8 [N, 3, image_size, image_size] -> float32 [N, C]
 
 
@@ -100,7 +102,7 @@ def open_model(path: Path) -> Classifier:
     def logits(images: Tensor) -> Tensor:
         return model(normalize(images, model.statistics))
 
-    return Classifier(model.class_names, model.image_size, logits)
+    return Classifier(model.class_names, model.image_size, model.resize, logits)
 
 
 def open_onnx(path: Path) -> Classifier:
@@ -112,7 +114,7 @@ def open_onnx(path: Path) -> Classifier:
     if not path.is_file():
         raise UserError(f"{path}: no such model")
     running = session(path, torch.get_num_threads())
-    size, names = _contract(path, running)
+    size, resize, names = _contract(path, running)
 
     def logits(images: Tensor) -> Tensor:
         try:
@@ -125,11 +127,11 @@ def open_onnx(path: Path) -> Classifier:
             )
         return torch.from_numpy(found)
 
-    return Classifier(names, size, logits)
+    return Classifier(names, size, resize, logits)
 
 
-def _contract(path: Path, running: Any) -> tuple[int, list[str]]:
-    """(image size, class names) of an ONNX model. Raises UserError for one that is not as ``lifequant export`` writes it."""
+def _contract(path: Path, running: Any) -> tuple[int, int, list[str]]:
+    """(image size, resize, class names) of an ONNX model. Raises UserError for one that is not as ``lifequant export`` writes it."""
 
     def refuse(why: str) -> UserError:
         return UserError(f"{path}: not as lifequant export writes it: {short(why)}")
@@ -144,15 +146,18 @@ def _contract(path: Path, running: Any) -> tuple[int, list[str]]:
             pass
         case _:
             raise refuse(f"its input is not images, uint8 [n, 3, H, H], but {inputs}")
+    metadata = running.get_modelmeta().custom_metadata_map
     try:
-        names = json.loads(running.get_modelmeta().custom_metadata_map.get("class_names", ""))
+        names, resize = (json.loads(metadata.get(*key)) for key in (("class_names", ""), ("resize", str(height))))
     except (ValueError, RecursionError):
-        names = None
+        names = resize = None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise refuse("its metadata have no class_names, a JSON list of texts")
+    if type(resize) is not int or not height <= resize <= 2 * height:
+        raise refuse(f"its metadata say resize {resize}, for images of {height} pixels")
     match outputs:
         case [("logits", "tensor(float)", [_, classes])] if classes == len(names) or not isinstance(classes, int):
-            return height, names
+            return height, resize, names
     raise refuse(f"its output is not logits, float32 [n, {len(names)}], but {outputs}")
 
 
@@ -186,12 +191,12 @@ def _below(top: Path) -> Iterator[Path]:
                 yield path
 
 
-def decoded(files: Sequence[Path], size: int) -> list[Tensor | UserError]:
-    """uint8 [3, size, size] of each image, or why it can't be read."""
+def decoded(files: Sequence[Path], size: int, resize: int) -> list[Tensor | UserError]:
+    """uint8 [3, size, size] of each image as a run's evaluation sees it, or why it can't be read."""
 
     def read(file: Path) -> Tensor | UserError:
         try:
-            return decode(file, size)[0]
+            return as_evaluated(file, size, resize)
         except UserError as error:
             return error
 
@@ -207,7 +212,7 @@ def predict(
     Raises UserError for an image that was named itself and can't be read, and for logits that are not finite.
     """
 
-    images = decoded([path for path, _ in files], classifier.image_size)
+    images = decoded([path for path, _ in files], classifier.image_size, classifier.resize)
     for (path, named), image in zip(files, images, strict=True):
         if isinstance(image, UserError):
             if named:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lifequant.common.text import duration
 from lifequant.config import Config
 from lifequant.data.dataset import load_dataset
 from lifequant.data.replay import epoch_order
-from lifequant.data.task import Batch, Task
+from lifequant.data.task import Batch, Epoch, Task
 from lifequant.losses import distillation
 from lifequant.models.build import check_model
 from lifequant.results import curves, results
@@ -94,6 +94,20 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
         return distributed.total(sums)
 
 
+def draws(
+    run: Run, task: Task, size: int, steps_per_epoch: int, steps: int
+) -> Iterator[tuple[Epoch, int, torch.Generator]]:
+    """What decides each batch of ``size`` images from step ``run.step`` on: its epoch, its place there, its augmentation's
+    generator."""
+    seed, batches = run.config.seed, None
+    for step in range(run.step, steps):
+        epoch, index = divmod(step, steps_per_epoch)
+        if index == 0 or batches is None:
+            noise = generator(seed, "order", task.task_index, epoch)
+            batches = task.epoch(epoch_order(task.labels[task.pool], task.counts, run.config.sampler, noise), size)
+        yield batches, index, generator(seed, "augment", task.task_index, step)
+
+
 def train_task(run: Run, task: Task) -> None:
     """Train on one task, from ``run.step`` steps on."""
     config = run.config
@@ -101,7 +115,7 @@ def train_task(run: Run, task: Task) -> None:
     steps_per_epoch = schedule.steps_per_epoch(config, len(task.pool))
     steps = config.num_epochs * steps_per_epoch
     run.reading_interval = schedule.reading_interval(config, steps, run.device.type)
-    batches = None
+    batches = task.training_batches(draws(run, task, size, steps_per_epoch, steps))
     if run.compiled and run.device.type == "cuda":
         keep_in_place(run)
     run.timer.begin_task()
@@ -110,12 +124,9 @@ def train_task(run: Run, task: Task) -> None:
     while run.step < steps:
         run.timer.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
-        if index == 0 or batches is None:
-            noise = generator(config.seed, "order", task.task_index, epoch)
-            batches = task.epoch(epoch_order(task.labels[task.pool], task.counts, config.sampler, noise), size)
-        noise = generator(config.seed, "augment", task.task_index, run.step)
-        batch = task.training_batch(batches, index, noise)
-        torch.manual_seed(noise.initial_seed())  # for dropout, which draws from torch's own generator
+        batch = next(batches)
+        # for dropout, which draws from torch's own generator
+        torch.manual_seed(generator(config.seed, "augment", task.task_index, run.step).initial_seed())
         factor = schedule.lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
         with tf32(config.tf32 and run.device.type == "cuda"):

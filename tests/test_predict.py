@@ -62,6 +62,9 @@ def graph(path: Path, size: int = 8, names: object = ("red", "green", "blue"), *
     if names is not None:
         entry = model.metadata_props.add()
         entry.key, entry.value = "class_names", names if isinstance(names, str) else json.dumps(names)
+    if "resize" in given:
+        entry = model.metadata_props.add()
+        entry.key, entry.value = "resize", json.dumps(given["resize"])
     onnx.save(model, path)
     return path
 
@@ -151,6 +154,7 @@ WRONG = {
     "any size": {"shape": ["n", 3, "h", "w"]}, "not square": {"shape": ["n", 3, 8, 9]}, "gray": {"shape": ["n", 1, 8, 8]},
     "another output": {"output": "y"}, "no names": {"names": None}, "two names": {"names": ["a", "b"]},
     "numbers": {"names": [1, 2, 3]}, "no JSON": {"names": "red"}, "deep": {"names": "[" * 10**5}, "no list": {"names": {"a": 1}},
+    "smaller": {"resize": 7}, "huge": {"resize": 10**9}, "text": {"resize": "9"},
 }  # fmt: skip
 
 
@@ -193,3 +197,27 @@ def test_deploy(tmp_path, capsys):
         ours, _ = predict(capsys, model, image)
         theirs = [line.split(" %  ") for line in done.stdout.splitlines()]
         assert ours == f"{image}: " + ", ".join(f"{name} {share.strip()} %" for share, name in theirs) + "\n"
+
+
+def test_deploy_of_photographs(tmp_path, capsys):
+    """After --augment reference the middle of a larger image is taken: by Pillow in the example, by torch in the verb."""
+    model = graph(tmp_path / "colors.onnx", size=14, resize=16)
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :14] = pixels[:, 50:] = (
+        255,
+        0,
+        0,
+    )  # 1/16 of the height at each side of the square in the middle is cut off
+    pixels[4:44, 14:50] = 0, 128, 64
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    words = [sys.executable, str(DEPLOY), str(model), str(tmp_path / "wide.png")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = {line.split(" %  ")[1]: float(line.split(" %  ")[0]) for line in done.stdout.splitlines()}
+    ours, _ = predict(capsys, model, tmp_path / "wide.png")
+    for part in ours.split(": ")[1].split(", "):
+        name, share, _ = part.split()
+        assert theirs[name] == pytest.approx(float(share), abs=0.5)
+    middle = pixels[3:45, 11:53].mean((0, 1)) / 32
+    shares = 100 * np.exp(middle) / np.exp(middle).sum()
+    assert [theirs[name] for name in ("red", "green", "blue")] == pytest.approx(shares, abs=3)

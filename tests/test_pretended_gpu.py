@@ -46,6 +46,8 @@ CASES |= {
     },
     "epochs": {"val_fraction": 0.25, "num_epochs": 2, "eval_every": 1, "cache": "mmap", "on_nan": "stop", "ema": 0.9},
     "amp": {"method": "replay", "amp": "bf16", "augment": "resized_crop", "buffer_size": 8},
+    "encoded": {"method": "derpp", "cache": "encoded"},
+    "photographs": {"method": "derpp", "augment": "reference", "nme": True},
 }
 MAY_DIFFER = {"config", "history", "warnings"}  # the device; times; what the host said of them
 
@@ -140,7 +142,7 @@ def with_cpu_tensor(real: Any) -> Any:
 
 
 def with_mask(real: Any) -> Any:
-    return lambda images: (images[images[:, 0, 0, 0] > 0], real(images))[1]
+    return lambda images, *more: (images[images[:, 0, 0, 0] > 0], real(images, *more))[1]
 
 
 def with_branch(real: Any) -> Any:
@@ -148,7 +150,7 @@ def with_branch(real: Any) -> Any:
 
 
 def with_generator(real: Any) -> Any:
-    return lambda images: real(images) + torch.rand(1, device=images.device, generator=torch.Generator())
+    return lambda images, *more: real(images, *more) + torch.rand(1, device=images.device, generator=torch.Generator())
 
 
 def with_pageable_memory(real: Any) -> Any:

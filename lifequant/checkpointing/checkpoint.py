@@ -49,6 +49,7 @@ NETWORK = (
     "layer_bits",
     "seed",
     "image_size",
+    "augment",  # how evaluation cuts images out
 )  # fmt: skip  settings that make the network
 
 

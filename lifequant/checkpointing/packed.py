@@ -23,6 +23,7 @@ from lifequant.common.errors import UserError
 from lifequant.common.safe_files import MOST_CLASSES, open_regular, short
 from lifequant.config import Config
 from lifequant.data.augment import statistics_of
+from lifequant.data.photographs import shorter_side
 from lifequant.models.build import build
 from lifequant.qat.layers import weight_layers
 from lifequant.qat.packing import PackedWeight, bits_and_first, pack_codes, unpack_codes
@@ -44,6 +45,7 @@ class Packed(NamedTuple):
     model: nn.Module
     class_names: list[str]
     image_size: int
+    resize: int  # see photographs.shorter_side
     facts: dict[str, Any]
 
 
@@ -95,7 +97,7 @@ def load_packed(path: Path) -> Packed:
             raise UserError(f"{path}: its images were normalized by another mean and std than LifeQuant's")
         model = build(config, len(names))
         _fill(path, file, model, found["codes"])
-    return Packed(model, names, size, found["facts"])
+    return Packed(model, names, size, shorter_side(config.augment, size), found["facts"])
 
 
 def _fill(path: Path, file: Any, model: nn.Module, codes: dict[str, Any]) -> None:

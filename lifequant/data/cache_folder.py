@@ -31,11 +31,13 @@ def cache_dir_of(given: str | None) -> Path:
 
 @dataclass(frozen=True)
 class CacheFile:
-    """The decoded images of one data set's training or test images, at one size."""
+    """The decoded images of one data set's training or test images, at one size; or the sizes of images that stay encoded."""
 
     path: Path
     name: str  # like cifar100-train
-    shape: tuple[int, ...] | None  # images, 3, side, side; None where a file is damaged or has not been finished
+    shape: (
+        tuple[int, ...] | None
+    )  # images, 3, side, side, or images, 2; None where a file is damaged or has not been finished
     size: int  # bytes
     used: date  # when a run last opened it
 
@@ -63,7 +65,7 @@ def _shape(path: Path) -> tuple[int, ...] | None:
             shape, _, _ = np.lib.format.read_array_header_1_0(file)
     except (OSError, ValueError):
         return None
-    return shape if len(shape) == 4 else None
+    return shape if len(shape) in (2, 4) else None
 
 
 def clear(files: Sequence[CacheFile]) -> tuple[list[CacheFile], list[str]]:
@@ -93,7 +95,13 @@ def megabytes(size: int) -> str:
 
 
 def _line(file: CacheFile) -> str:
-    images = f"{file.shape[0]} images of {file.shape[2]}x{file.shape[3]}" if file.shape else "not whole"
+    match file.shape:
+        case (count, _, height, width):
+            images = f"{count} images of {height}x{width}"
+        case (count, _):
+            images = f"sizes of {count} images"
+        case _:
+            images = "not whole"
     return f"  {one_line(file.name):<20} {images:<26} {megabytes(file.size):>11}  {file.used}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from lifequant.common.errors import UserError, closest
 from lifequant.common.safe_files import MOST_CLASSES, short
 from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
-from lifequant.data.augment import CIFAR, Statistics, augmentation, load_batch, statistics_of
-from lifequant.data.cache_folder import cache_dir_of
-from lifequant.data.image_cache import load_images
+from lifequant.data.ahead import load_batches
+from lifequant.data.augment import CIFAR, Statistics, augmentation, statistics_of
 from lifequant.data.image_root import checked_images, image_root
-from lifequant.data.image_storage import choose_location
+from lifequant.data.image_stores import open_images
+from lifequant.data.photographs import EncodedImages
 from lifequant.data.replay import stored_rows
 from lifequant.data.same_images import Spellings, Tables
 from lifequant.data.split import long_tail, lowest, share_of_each
@@ -31,16 +31,16 @@ from lifequant.data.task_csv import Rows, csv_name, leaves_root, prefixes, read_
 
 @dataclass
 class Store:
-    """Decoded images, each once, with their labels."""
+    """Images, each once, with their labels."""
 
     paths: list[str]
     labels: Tensor  # int64 [N]
-    images: Tensor  # uint8 [N, 3, H, W], where image_storage.choose_location says; load_batch gives rows of it
+    images: Tensor | EncodedImages  # uint8 [N, 3, H, W], where image_storage says
     statistics: Statistics = CIFAR  # by which they are normalized
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """float32 [len(rows), 3, H, W] of these rows, not augmented, on their device."""
-        return load_batch(self.images, rows, rows.device, self.statistics)
+    def batches(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """float32 [len(rows), 3, H, W] of the rows of each part in turn, not augmented, on the labels' device."""
+        return load_batches(self.images, parts, self.labels.device, self.statistics)
 
 
 @dataclass
@@ -158,22 +158,11 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     train = sorted(set().union(*new, *held_out))
     test = sorted({image for t in ids for image, _ in tests[t]})
     stats = checked_images(root, sorted({*train, *test}), prefix, record.get("linked") or [])
-    cache = cache_dir_of(config.cache_dir)
-    where = choose_location(config.cache, 3 * config.image_size**2 * (len(train) + len(test)), device, say)
+    images = open_images(config, root, prefix, {"train": train, "test": test}, stats, device, say)
 
     def store(paths: list[str], kind: str) -> Store:
-        images = load_images(
-            root,
-            paths,
-            config.image_size,
-            cache,
-            f"{prefix}-{kind}",
-            say,
-            where.mapped,
-            [stats[path] for path in paths],
-        )
-        images = images.to(device) if where.resident else images
-        return Store(paths, torch.tensor([label_of[p] for p in paths], device=device), images, statistics_of(config))
+        labels = torch.tensor([label_of[p] for p in paths], device=device)
+        return Store(paths, labels, images[kind], statistics_of(config))
 
     row_of = {path: i for i, path in enumerate(train)}
     test_row_of = {path: i for i, path in enumerate(test)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 import warnings
@@ -43,11 +44,11 @@ _TURNS = {
 }
 
 
-def as_pixels(image: Image.Image, size: int) -> tuple[Tensor, str | None]:
-    """(uint8 [3, size, size], what had to be done to make it so or None).
+def upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """(the image in RGB, what had to be done to make it so).
 
-    Turned as its EXIF says; 16 bits are scaled to 8; transparency is dropped, as by torchvision's ImageFolder; the middle
-    of what isn't square. Raises UserError for pixels that have no known white.
+    Turned as its EXIF says; 16 bits are scaled to 8; transparency is dropped, as by torchvision's ImageFolder. Raises
+    UserError for pixels that have no known white.
     """
     done = []
     turn = _TURNS.get(_orientation(image))
@@ -57,6 +58,12 @@ def as_pixels(image: Image.Image, size: int) -> tuple[Tensor, str | None]:
     if image.mode != "RGB":
         done.append(f"{image.mode} to RGB")
         image = (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+    return image, done
+
+
+def as_pixels(image: Image.Image, size: int) -> tuple[Tensor, str | None]:
+    """(uint8 [3, size, size], what had to be done to make it so or None): ``upright``, and the middle of what isn't square."""
+    image, done = upright(image)
     width, height = image.size
     if (width, height) != (size, size):
         done.append(f"scaled to {size}x{size}" if width == height else f"scaled, and the middle cut to {size}x{size}")
@@ -83,18 +90,73 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-def decode(path: Path, size: int) -> tuple[Tensor, str | None]:
-    """``as_pixels`` of a file (the first picture of several). Raises UserError for what is no whole image."""
+def decode(path: Path, size: int, content: np.ndarray | None = None) -> tuple[Tensor, str | None]:
+    """``as_pixels`` of a file (the first picture of several), or of the bytes that it has (uint8 [n]).
+
+    Raises UserError for what is no whole image.
+    """
+
+    def pixels(image: Image.Image) -> tuple[Tensor, str | None]:
+        image.load()
+        return as_pixels(image, size)
+
+    return _with_image(path, content, pixels)
+
+
+def decode_whole(path: Path, content: np.ndarray | None = None) -> tuple[np.ndarray, str | None]:
+    """(uint8 [H, W, 3], what had to be done or None): all pixels of a file's image, ``upright``. Raises UserError as ``decode``.
+
+    torchvision decodes most JPEGs, which saves a third of the time; its pixels are Pillow's, bit for bit.
+    """
+    content = read_file(path) if content is None else content
+
+    def pixels(image: Image.Image) -> tuple[np.ndarray, str | None]:
+        found = None
+        if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in _TURNS:
+            found = _by_torchvision(content)
+        if found is not None:
+            return found, None
+        image.load()
+        image, done = upright(image)
+        return np.array(image), " and ".join(done) or None
+
+    return _with_image(path, content, pixels)
+
+
+def _by_torchvision(content: np.ndarray) -> np.ndarray | None:
+    """uint8 [H, W, 3] of a JPEG's bytes; None where torchvision can't, so that Pillow says what is wrong."""
     try:
-        with open_regular(path, _MOST_BYTES) as file, _opened(path, file) as image:
+        # It takes a second, which runs of small images needn't wait for. Releases after 0.29 may have it no more.
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        return decode_jpeg(torch.from_numpy(content), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except (ImportError, RuntimeError):
+        return None
+
+
+def read_file(path: Path) -> np.ndarray:
+    """The bytes of an image's file, uint8 [n]. Raises UserError."""
+    try:
+        with open_regular(path, _MOST_BYTES) as file:
+            return np.fromfile(file, np.uint8)
+    except OSError as error:  # gone, or not to be read by this user
+        raise _unreadable(path, error) from None
+
+
+def _with_image(path: Path, content: np.ndarray | None, work: Callable[[Image.Image], T]) -> T:
+    """``work(image)`` of a file that is open, or of its bytes. Raises UserError for what is no whole image."""
+    try:
+        with (
+            open_regular(path, _MOST_BYTES) if content is None else io.BytesIO(content) as file,
+            _opened(path, file) as image,
+        ):
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise UserError(
                     f"{path}: {width}x{height} pixels, more than the {MOST_PIXELS} that are decoded: scale it"
                 )
             with _one_at_a_time if width * height > _LARGE else nullcontext():
-                _guarded(path, image.load)
-                return _guarded(path, lambda: as_pixels(image, size))
+                return _guarded(path, lambda: work(image))
     except OSError as error:  # gone, or not to be read by this user
         raise _unreadable(path, error) from None
 
@@ -135,6 +197,12 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         case _:
             why = short(error) or type(error).__name__
     return UserError(f"{path}: this image can't be read ({why}): replace it, or leave it out")
+
+
+def silence() -> None:
+    """Silence the decoders' warnings from here on, where images are decoded at any time: what matters raises an error anyway."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module=r"PIL\.|torchvision\.io")
 
 
 @contextmanager

@@ -53,8 +53,13 @@ def load_images(
     ``stats`` is ``stats_inside(root, paths)`` if the caller has it. Raises UserError for an image that can't be decoded,
     and for a cache that can't be written if images must be mapped.
     """
-    cached = cache_dir / f"{name}-{_key(root, paths, size, stats or stats_inside(root, paths))}.npy"
+    cached = cache_dir / f"{name}-{key(root, paths, size, stats or stats_inside(root, paths))}.npy"
     shape = (len(paths), 3, size, size)
+
+    def pixels(path: str) -> tuple[np.ndarray, str | None]:
+        image, done = decode(root / path, size)
+        return np.ascontiguousarray(image.numpy()), done
+
     images = _open(cached, shape, mapped)
     if images is not None:
         return images
@@ -67,7 +72,7 @@ def load_images(
         with lock(cached.with_name(f"{cached.name}.lock"), waiting):
             images = _open(cached, shape, mapped)  # another process may have written it meanwhile
             if images is None:
-                with closing(_decoded(root, paths, size, say)) as decoded:
+                with closing(in_order(paths, pixels, say)) as decoded:
                     _build(cached, decoded, shape)
                 size = megabytes(cached.stat().st_size)
                 say(f"{name}: {len(paths)} decoded images, {size}, are kept in {cache_dir} (see lifequant cache)")
@@ -81,12 +86,12 @@ def load_images(
         raise UserError(f"--cache mmap: {problem}: {math.prod(shape) / 1e9:.1f} GB are needed; name a --cache_dir")
     say(f"{problem}: images are kept in memory for this run")
     whole = np.empty(shape, np.uint8)
-    for index, image in enumerate(_decoded(root, paths, size, say)):
+    for index, image in enumerate(in_order(paths, pixels, say)):
         whole[index] = image
     return torch.from_numpy(whole)
 
 
-def _key(root: Path, paths: Sequence[str], size: int, stats: Stats) -> str:
+def key(root: Path, paths: Sequence[str], size: int, stats: Stats) -> str:
     """A hash of everything that the decoded tensor depends on: names, sizes and times of the files."""
     digest = hashlib.sha256(f"{_FORMAT} {size} {root}\n".encode())
     for path, status in zip(paths, stats, strict=True):
@@ -143,13 +148,11 @@ def _build(cached: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -
         temporary.unlink(missing_ok=True)
 
 
-def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], None]) -> Iterator[np.ndarray]:
-    """uint8 [3, size, size] of each path in turn, decoded by one thread per core (Pillow releases the GIL)."""
-
-    def pixels(path: str) -> tuple[np.ndarray, str | None]:
-        image, done = decode(root / path, size)
-        return np.ascontiguousarray(image.numpy()), done
-
+def in_order(
+    paths: Sequence[str], make: Callable[[str], tuple[np.ndarray, str | None]], say: Callable[[str], None]
+) -> Iterator[np.ndarray]:
+    """``make(path)[0]`` of each path in turn, by one thread per core (decoders release the GIL). ``say`` is told what was
+    converted, by what ``make`` gives beside."""
     conversions: dict[str, int] = {}
     waiting: deque[Future] = deque()
     workers = os.cpu_count() or 1
@@ -161,7 +164,7 @@ def _decoded(root: Path, paths: Sequence[str], size: int, say: Callable[[str], N
     ):
         for index in range(len(paths) + ahead):
             if index < len(paths):
-                waiting.append(pool.submit(pixels, paths[index]))
+                waiting.append(pool.submit(make, paths[index]))
             if index >= ahead:  # the one that has waited longest
                 image, done = waiting.popleft().result()
                 if done:

@@ -1,6 +1,7 @@
-"""Where decoded images are stored (memory, the mapped cache file or the GPU), and copying rows of them to a device.
+"""Where images are stored (memory, the mapped cache file, the GPU, or encoded), and copying rows of them to a device.
 
-Images are one uint8 tensor in all three places. ``take`` copies rows of it, so a run's results do not depend on the place.
+Decoded images are one uint8 tensor in the first three places, encoded ones stand in for it (photographs.EncodedImages).
+``take`` copies rows of it, so a run's results do not depend on the place.
 """
 
 from __future__ import annotations
@@ -24,29 +25,56 @@ class ImageLocation(NamedTuple):
 
     mapped: bool  # read from the cache file batch by batch, instead of held in memory
     resident: bool  # on the run's device; False: rows are copied there batch by batch
+    encoded: bool = False  # decoded whenever they are needed, from their files' bytes
+    held: bool = False  # these bytes are in memory; False: each file is read whenever it is needed
 
 
-def choose_location(cache: str, nbytes: int, device: torch.device, say: Callable[[str], None]) -> ImageLocation:
-    """``--cache`` for ``nbytes`` of decoded images: memory, mmap, or auto, which follows ``SHARE``. ``say`` is told
-    of an unusual choice."""
-    resident = True
-    if device.type == "cuda":
+def choose_location(
+    cache: str,
+    nbytes: int,
+    device: torch.device,
+    say: Callable[[str], None],
+    encoded: int | None = None,
+    whole: bool = False,
+) -> ImageLocation:
+    """``--cache`` for ``nbytes`` of decoded images: memory, encoded, mmap, or auto, which follows ``SHARE``. ``say`` is told
+    of an unusual choice. ``encoded``: bytes of the files, where auto may choose these; ``whole``: photographs of any size,
+    which no cache file has and no GPU holds."""
+    resident = not whole and cache not in ("mmap", "encoded")
+    if device.type == "cuda" and resident:
         free = torch.cuda.mem_get_info(device)[0]
-        resident = cache != "mmap" and nbytes <= SHARE * free
-        if not resident and cache != "mmap":
+        resident = nbytes <= SHARE * free
+        if not resident:
             say(
                 f"the images take {nbytes / 1e9:.1f} GB decoded, more than half of the GPU's {free / 1e9:.1f} GB free: "
                 "each batch is copied there"
             )
-    mapped = cache == "mmap"
     available = available_bytes()
-    if cache == "auto" and available is not None and nbytes > SHARE * available:
-        mapped = True
+
+    def fits(size: int) -> bool:
+        return available is None or size <= SHARE * available
+
+    place = cache
+    if cache == "auto":
+        place = "memory" if fits(nbytes) else "mmap"
+        if (
+            place == "mmap"
+            and encoded is not None
+            and (whole or fits(encoded))
+            and not (resident and device.type == "cuda")
+        ):
+            place = "encoded"
+        if place != "memory":
+            say(
+                f"--cache auto: {place} (the images take {nbytes / 1e9:.1f} GB decoded, more than half of the "
+                f"{available / 1e9:.1f} GB of memory available)"
+            )
+    held = place == "encoded" and fits(encoded or 0)
+    if place == "encoded" and not held:
         say(
-            f"--cache auto: mmap (the images take {nbytes / 1e9:.1f} GB decoded, more than half of the "
-            f"{available / 1e9:.1f} GB of memory available)"
+            f"--cache encoded: the files ({encoded / 1e9:.1f} GB) are read batch by batch, since half of the memory is less"
         )
-    return ImageLocation(mapped, resident)
+    return ImageLocation(place == "mmap", resident and place != "encoded", place == "encoded", held)
 
 
 def available_bytes() -> int | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lifequant.data.ahead import ahead, load_batches, pays
 from lifequant.data.augment import CIFAR, Statistics, crop_and_flip, load_batch, normalize
-from lifequant.data.image_storage import take
+from lifequant.data.image_storage import send, take
+from lifequant.data.photographs import EncodedImages, Photographs
 
 
 class Batch(NamedTuple):
@@ -39,8 +42,8 @@ class Task:
     task_index: int  # in the sequence, from 0
     classes: list[int]  # labels of the new data
     images: (
-        Tensor  # uint8 [all training images of the run, 3, H, W]; in a loop of your own also float, ready for the model
-    )
+        Tensor | EncodedImages
+    )  # uint8 [all training images of the run, 3, H, W]; in a loop of your own also float, ready for the model
     labels: Tensor  # int64 [all training images of the run]
     new_rows: Tensor  # int64, rows of the task's own images
     replay: Tensor  # int64, rows of the stored images of former tasks, none of them in ``new``
@@ -82,7 +85,9 @@ class Task:
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The ``batch`` of each ``size`` rows in turn, so that no more images are held at a time."""
-        return (self.batch(part) for part in rows.split(size))
+        parts = rows.split(size)
+        x = load_batches(self.images, parts, self.labels.device, self.statistics)
+        return ((batch, self.labels[part]) for batch, part in zip(x, parts, strict=True))
 
     def epoch(self, order: Tensor, size: int) -> Epoch:
         """The batches of ``size`` images in ``order`` (int64, indices into ``pool``); the last is filled up from the
@@ -94,9 +99,34 @@ class Task:
         return Epoch(rows.to(self.images.device), self.labels[rows], chosen >= len(self.new_rows), rows)
 
     def training_batch(self, epoch: Epoch, index: int, generator: torch.Generator) -> Batch:
-        """Batch ``index`` of an epoch, augmented on the device."""
-        image_rows, y, is_replay, rows = (part[index] for part in epoch)
-        return Batch(normalize(self.augment(self.take(image_rows), generator), self.statistics), y, is_replay, rows)
+        """Batch ``index`` of an epoch, augmented."""
+        return self._batch(epoch, index, self._augmented(epoch, index, generator))
+
+    def training_batches(self, draws: Iterable[tuple[Epoch, int, torch.Generator]]) -> Iterator[Batch]:
+        """The ``training_batch`` of each of ``draws`` in turn. Large images are made by threads, before they are asked for."""
+        if not pays(self.images, self.labels.device):
+            yield from (self.training_batch(*draw) for draw in draws)
+            return
+        with closing(ahead(lambda draw: (*draw[:2], self._augmented(*draw)), draws)) as made:
+            for epoch, index, x in made:
+                yield self._batch(epoch, index, x)
+
+    def _augmented(self, epoch: Epoch, index: int, generator: torch.Generator) -> Tensor:
+        """The augmented images of a batch, normalized if they are on the run's device: uint8 or float32 [N, 3, H, W]."""
+        rows = epoch.image_rows[index]
+        if isinstance(self.images, Photographs):
+            images = self.images.crops(rows, generator)
+        elif isinstance(self.images, EncodedImages):
+            images = self.augment(self.images[rows], generator)
+        else:
+            images = self.augment(self.take(rows), generator)
+        return normalize(images, self.statistics) if images.device == self.labels.device else images
+
+    def _batch(self, epoch: Epoch, index: int, x: Tensor) -> Batch:
+        _, y, is_replay, rows = (part[index] for part in epoch)
+        return Batch(
+            x if x.is_floating_point() else normalize(send(x, self.labels.device), self.statistics), y, is_replay, rows
+        )
 
 
 def user_task(

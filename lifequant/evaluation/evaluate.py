@@ -29,7 +29,8 @@ def logits_of(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> 
     """float32 [len(rows), C], in eval mode, images not augmented."""
     parts = distributed.own_parts(rows.split(batch_size))
     with eval_mode(model):
-        found = {index: model(store.batch(part)) for index, part in parts}
+        batches = store.batches(part for _, part in parts)
+        found = {index: model(x) for (index, _), x in zip(parts, batches, strict=True)}
     return distributed.gather(found, rows.device)
 
 

@@ -77,4 +77,4 @@ def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], 
 
 
 def _of_store(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
-    return features(model, (store.batch(part) for part in rows.split(batch_size)))
+    return features(model, store.batches(rows.split(batch_size)))

@@ -42,6 +42,7 @@ class Trained:
             "class_names": self.model.class_names,
             "lifequant": lifequant.__version__,
             "image_size": self.model.image_size,
+            **({"resize": self.model.resize} if self.model.resize != self.model.image_size else {}),
             **{name: self.settings.get(name) for name in ("method", "quantizer", "bitW", "abitW", "target_model")},
         }
         try:
@@ -113,7 +114,7 @@ def images_of_run(trained: Trained) -> Images:
 def images_of_folder(folder: str, trained: Trained) -> Images:
     """Images in class folders, or without classes, also to calibrate on. Raises UserError where there are none."""
     files = [path for path, _ in image_files([folder])]
-    images = decoded(files, trained.model.image_size)
+    images = decoded(files, trained.model.image_size, trained.model.resize)
     read = [(path, image) for path, image in zip(files, images, strict=True) if isinstance(image, Tensor)]
     if not read:
         raise images[0]
