@@ -189,6 +189,16 @@ def test_results_name_the_domains(run):
     )
 
 
+def test_a_fork_keeps_its_own_importances(run, tmp_path):
+    """ewc that begins at task 1 with the state of original: all its results are those that it has alone."""
+    folder, found = run
+    tiny = Tiny(folder / "images", folder / "csv", folder / "csv")
+    settings = {"image_size": 8, "train_batch_size": 32, "cache_dir": folder / "cache"}
+    train(tiny, tmp_path / "original", method="original", **settings)
+    forked = train(tiny, tmp_path / "ewc", method="ewc", start_task=1, **{"from": tmp_path / "original"}, **settings)
+    assert forked["tasks"] == found["ewc"]["tasks"] and forked["top1"] == found["ewc"]["top1"]
+
+
 def test_a_model_is_tested_on_domains_by_name(run, capsys):
     folder, found = run
     assert command(["--test_only", "--job_dir", str(folder / "runs" / "ours" / "seed0"), "--device", "cpu"]) == 0
