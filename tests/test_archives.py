@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
-import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from support.archives import as_folder, as_tar, as_zip, jpeg, office
 
 from lifequant.common.arguments import run_main
 from lifequant.data.create import office31, prepared
 from lifequant.data.create.images import main_prepare
 from lifequant.data.create.tasks import main_tasks
 
-FEW = {"amazon": 6, "webcam": 5, "dslr": 2}  # images a class
 CLEF = ["aeroplane", "bike", "bird", "boat", "bottle", "bus", "car", "dog", "horse", "monitor", "motorbike", "people"]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-def jpeg(*color: int) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (16, 16), tuple(c % 256 for c in color)).save(out, "JPEG", quality=50)
-    return out.getvalue()
-
-
-def office(
-    images: str = "images/", classes: list[str] = office31.CLASSES, few: dict[str, int] = FEW
-) -> dict[str, bytes]:
-    """{name in the archive: content}"""
-    return {
-        f"{domain}/{images}{name}/frame_{number:04d}.jpg": jpeg(8 * label, 40 * number, len(domain))
-        for domain, n in few.items()
-        for label, name in enumerate(classes)
-        for number in range(1, n + 1)
-    }
-
-
-def as_tar(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return path
-
-
-def as_zip(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def as_folder(path: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
-    return path
 
 
 def run(out: Path, source: Path, dataset: str = "office31", *more: str) -> int:
