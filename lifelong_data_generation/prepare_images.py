@@ -1,4 +1,4 @@
-"""Write train/<class>/0001.png and test/<class>/0001.png of CIFAR-10, CIFAR-100 or digits (see --help)."""
+"""Write CIFAR, digits, Office-31 and others as train/<class>/0001.png and test/<class>/0001.png (see --help)."""
 
 import sys
 from pathlib import Path

@@ -21,7 +21,7 @@ from lifequant.runtime import preemption
 HELP = Path(__file__).resolve().parent / "help"
 VERBS = {  # verb: (module and function, what it does)
     "train": ("lifequant.__main__:train", "train a network on one task after another (flags alone mean this)"),
-    "images": ("lifequant.data.create.images:main_prepare", "write CIFAR-10, CIFAR-100 or digits as folders of images"),
+    "images": ("lifequant.data.create.images:main_prepare", "write CIFAR, Office-31 and others as folders of images"),
     "tasks": ("lifequant.data.create.tasks:main_tasks", "write the task CSVs of a folder of images"),
     "replay": ("lifequant.data.create.replay:main_replay", "write the replay CSVs of task CSVs"),
     "counts": ("lifequant.data.create.class_counts:main_counts", "count the classes of each task"),

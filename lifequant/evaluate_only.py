@@ -53,17 +53,18 @@ def test(config: Config, notes: Sequence[str] = (), typed: Collection[str] | Non
         )
     with memory_explained(lambda: ("evaluation", f"model {path}")):
         scores = evaluate(model, dataset, config.eval_batch_size, with_error=False)
-    print(_table(dataset.ids, scores), f"model: {path}", sep="\n")
+    print(_table(dataset.domains or [f"task {id}" for id in dataset.ids], scores), f"model: {path}", sep="\n")
     return scores
 
 
-def _table(ids: Sequence[int], scores: Scores) -> str:
+def _table(names: Sequence[str], scores: Scores) -> str:
     """A line a task, and their average."""
-    rows = list(zip(ids, scores.top1, scores.masked, scores.top5, strict=True))
+    rows = list(zip(names, scores.top1, scores.masked, scores.top5, strict=True))
     means = [sum(values) / len(rows) for values in (scores.top1, scores.masked, scores.top5)]
-    lines = [f"{'accuracy (%)':<14}{CLASS_IL:>10}{TASK_IL:>10}{'top-5':>10}"]
-    lines += [f"{f'task {id}':<14}" + "".join(f"{value:10.2f}" for value in values) for id, *values in rows]
-    lines.append(f"{'average':<14}" + "".join(f"{value:10.2f}" for value in means))
+    first = max(14, *(len(name) + 2 for name in names))
+    lines = [f"{'accuracy (%)':<{first}}{CLASS_IL:>10}{TASK_IL:>10}{'top-5':>10}"]
+    lines += [f"{name:<{first}}" + "".join(f"{value:10.2f}" for value in values) for name, *values in rows]
+    lines.append(f"{'average':<{first}}" + "".join(f"{value:10.2f}" for value in means))
     return "\n".join(lines)
 
 

@@ -44,6 +44,8 @@ ALONE = (
     "everything (van de Ven et al. 2022); the task-masked accuracy is where such methods differ"
 )
 
+SAME_CLASSES = "{}: it holds weights for classes that a task no longer has; all domains have the same, so it is 0"
+
 
 def losses(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(the loss, its terms in the order of ``run.term_names``, history.step_sums), the latter two without gradients.
@@ -249,7 +251,10 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             initialize.prepare(this)
             run_folder.begin(config, Path(config.from_run or "") / "checkpoint", config.start_task)
         log.open(Path(config.job_dir))
-        if this.method.regularizer and config.replay_rate == 0 and config.buffer_size is None and num_tasks > 1:
+        if dataset.domains and config.penalty in ("proxq", "proxq_step"):
+            log.say(SAME_CLASSES.format(config.penalty))
+        alone = this.method.regularizer and config.replay_rate == 0 and config.buffer_size is None
+        if alone and num_tasks > 1 and not dataset.domains:
             log.say(ALONE.format(config.method))
         total = sum(len(rows) for rows in dataset.new_rows) * config.num_epochs // config.train_batch_size
         if wants_compile(config, device, total, log.say, state and state.get("compiled")):

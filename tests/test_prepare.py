@@ -15,7 +15,7 @@ from PIL import Image
 
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError, one_line
-from lifequant.data.create import images
+from lifequant.data.create import image_set, prepared
 from lifequant.data.create.images import main_prepare
 
 CLASSES = ["cat", "apple"]  # not sorted: a label is a place in the archive's list, a folder has the name
@@ -123,7 +123,7 @@ def test_any_form_of_the_source(tmp_path, ten, capsys):
 def test_goes_on_where_it_was(tmp_path, ten, capsys, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert run(whole, ten) == 0
-    write, left = images.write_all, iter(range(6))
+    write, left = prepared.write_all, iter(range(6))
 
     def interrupt(files):
         if next(left, None) is None:
@@ -131,7 +131,7 @@ def test_goes_on_where_it_was(tmp_path, ten, capsys, monkeypatch):
         write(files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "write_all", interrupt)
+        patch.setattr(prepared, "write_all", interrupt)
         assert run(out, ten) == 130
     begun = tree(out)
     assert len(begun) == 6  # the note and five images
@@ -197,7 +197,7 @@ def test_no_code_runs_from_an_archive(tmp_path, ten, monkeypatch, capsys, file, 
 @pytest.mark.parametrize("name", ["../../x", ".git", "b", "a\x1b[2J"])
 def test_class_names_that_name_no_folder(name):
     with pytest.raises(UserError) as error:
-        images._checked([name, "b"])
+        prepared.checked_names([name, "b"])
     assert one_line(error.value).isprintable()
 
 
@@ -255,7 +255,7 @@ def test_digits(tmp_path, capsys, monkeypatch):
     before = tree(out)
     assert run(out, dataset="digits") == 0
     assert "complete already" in capsys.readouterr().out and tree(out) == before
-    a, b = images.digits(0), images.digits(1)
+    a, b = image_set.digits(0), image_set.digits(1)
     assert a.counts() == b.counts() and not np.array_equal(a.images["test"], b.images["test"])
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert run(tmp_path / "other", dataset="digits") == 2

@@ -38,12 +38,13 @@ def command(verb: str, *more: str) -> str:
 
 def prepare_command(name: str, folder: str) -> str:
     """The command that makes the images of the data set ``name``, where ``files.candidates(folder)`` will find them."""
-    known = ("cifar10", "cifar100", "digits")
-    dataset = name if name in known else "|".join(known)
+    known, given_by_hand = ("cifar10", "cifar100", "digits"), ("office31", "imageclef_da", "tinyimagenet")
+    dataset = name if name in (*known, *given_by_hand) else "|".join(known)
+    source = " --source ARCHIVE" if name in given_by_hand else ""
     given = Path(folder).expanduser()
     relative = Path(*given.parts[1:]) if given.parts[:1] == ("src",) else given
     out = os.path.relpath((TOP or Path.cwd()) / relative)
-    return f"{command('images')} --dataset {dataset} --out {shlex.quote(out)}"
+    return f"{command('images')} --dataset {dataset}{source} --out {shlex.quote(out)}"
 
 
 def going_on(argv: Sequence[str]) -> str:

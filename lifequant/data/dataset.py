@@ -56,6 +56,7 @@ class DataSet:
     held_out: list[list[int]]  # rows in train: validation images, never trained on or stored
     replay_csv: list[list[int]] | None  # rows in train to be stored of each task, where CSVs say so
     test_rows: list[list[int]]  # rows in test
+    domains: list[str] | None = None  # the tasks' names, where each task is a domain
     _stored: dict[tuple, list[list[int]]] = field(default_factory=dict)  # what was asked for, after each task
 
     @property
@@ -175,6 +176,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
         held_out=[sorted(row_of[p] for p in images) for images in held_out],
         replay_csv=replay and [sorted(row_of[p] for p in images) for images in replay],
         test_rows=[sorted(test_row_of[p] for p, _ in tests[t]) for t in ids],
+        domains=dataset_json.domains_of(record, ids),
     )
 
 

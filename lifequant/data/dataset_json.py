@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import category
@@ -169,6 +170,12 @@ def merged(folder: Path, new: Record, source: str) -> Record:
     if "replay" in counts and not differ and same_images and counts.get("train") == new["counts"].get("train"):
         kept["replay"] = counts["replay"]
     return {**new, "counts": {**kept, **new["counts"]}}
+
+
+def domains_of(record: Record, ids: Sequence[int]) -> list[str] | None:
+    """The domains' names of the tasks ``ids``; None where tasks are no domains."""
+    domains = record.get("domains") or []
+    return [domains[task] for task in ids] if max(ids) < len(domains) else None
 
 
 def text(content: Record) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+TEST_SHARE = 0.2  # of a domain that comes without a split of its own
+
 
 def class_tasks(num_classes: int, num_tasks: int, gamma: float, seed: int) -> list[list[int]]:
     """The labels of each task, when a share ``gamma`` (0 < gamma <= 1) of the classes is replaced from task to task.

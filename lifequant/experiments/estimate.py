@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lifequant.config import REPLAY_RATE, Config
-from lifequant.data.create.class_folders import class_images, class_names
+from lifequant.data.create.class_folders import Seen, class_images, class_names
+from lifequant.data.create.tasks import domain_images
 from lifequant.experiments.grid import Run, checked
 from lifequant.experiments.grid_tasks import classes_of_tasks
 from lifequant.models.build import operations
@@ -24,13 +26,15 @@ QUANTIZED = 1.5  # about what an image costs in a quantized network, in units of
 LEFT = re.compile(r" (?:(\d+) h )?(\d+) (s|min) left$", re.MULTILINE)  # the end of an epoch's line
 
 
-def images_of_classes(data_dir: Path) -> list[int]:
-    """Training images of each class."""
-    names = class_names(data_dir / "train")
-    counts = dict.fromkeys(range(len(names)), 0)
-    for _, label in class_images(data_dir, data_dir / "train", names):
-        counts[label] += 1
-    return list(counts.values())
+def images_of_classes(data_dir: Path, domains: Sequence[str] | None) -> list[list[int]]:
+    """Training images of each class, in each domain or in the one folder."""
+    if domains:
+        names, pools = domain_images(data_dir, domains, "train", 0, Seen())
+    else:
+        names = class_names(data_dir / "train")
+        pools = [class_images(data_dir, data_dir / "train", names)]
+    counts = [Counter(label for _, label in rows) for rows in pools]
+    return [[of_class[label] for label in range(len(names))] for of_class in counts]
 
 
 def cost(config: Config) -> float:
@@ -43,12 +47,16 @@ def _operations(target_model: str, image_size: int, stem: str) -> int:
     return operations(make(target_model=target_model, image_size=image_size, stem=stem))
 
 
-def work(run: Run, counts: Sequence[int]) -> tuple[float, float]:
+def work(run: Run, counts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """(of the whole run, of what it trains itself): images of 32 pixels that a float ResNet-20 would train on in that time."""
     config, tasks = checked(run, run.name), run.tasks
-    most = tasks.get("images_per_class") or max(counts)
-    each = [min(most, n) * (1 - tasks.get("held_out", 0.0)) for n in counts]
-    new = [sum(each[label] for label in labels) for labels in classes_of_tasks(tasks, len(counts), run.task_seed)]
+    most = tasks.get("images_per_class") or max(map(max, counts))
+    each = [[min(most, n) * (1 - tasks.get("held_out", 0.0)) for n in of_class] for of_class in counts]
+    if tasks.get("domains"):
+        new = list(map(sum, each))
+    else:
+        split = classes_of_tasks(tasks, len(each[0]), run.task_seed)
+        new = [sum(each[0][label] for label in labels) for labels in split]
     rate = 0.0 if config.replay_rate == 0 or config.buffer_size else config.replay_rate or REPLAY_RATE
     images = [n + rate * sum(new[:t]) + min(config.buffer_size or 0, sum(new[:t])) for t, n in enumerate(new)]
     scale = config.num_epochs * cost(config) * (QUANTIZED if config.bitW < 32 else 1.0)
@@ -71,7 +79,7 @@ class Estimate:
     """What runs will take, by those that have finished."""
 
     def __init__(self, runs: Sequence[Run], data_dir: Path, cores: float) -> None:
-        counts = images_of_classes(data_dir)
+        counts = images_of_classes(data_dir, runs[0].tasks.get("domains"))
         self.work = {run.folder: work(run, counts) for run in runs}
         self.guess, self.taken = GUESS * cores, []
 

@@ -8,6 +8,7 @@ diminish_rate = 50
 task_seed = 0                  # the generator's --seed: the class order and the choice of images, the same for all runs (default: 0);
                                # "seed" makes the tasks with each run's own seed, so that seeds differ in their tasks too
 images_per_class = 100         # and held_out = 0.2 where a share of them is to stand for the test images
+                               # (domains = ["clean", "grey"] in place of num_tasks and diminish_rate: a task a domain)
 [source]                       # the 32-bit model of task 0 that all runs begin from, one a seed; may be left out
 num_epochs = 20
 [flags]                        # flags of all runs; lists are taken in all combinations
@@ -227,7 +228,7 @@ def checked(run: Run, where: str) -> Config:
 def forked(run: Run, config: Config, leaders: list[tuple[Run, Config]]) -> Run:
     """``run``, or the run that begins at task 1 if another run has the same task 0; else others may begin from this one."""
     at_one = replace(config, start_task=1)
-    if run.tasks["num_tasks"] > 1 and not config.bit_schedule:
+    if grid_tasks.number(run.tasks) > 1 and not config.bit_schedule:
         for leader, settings in leaders:
             if leader.after == run.after and run_folder.fork_conflict(at_one, settings.asdict()) is None:
                 flags = {**run.flags, "start_task": 1, "from_run": leader.folder}

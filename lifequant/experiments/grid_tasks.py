@@ -12,7 +12,7 @@ from lifequant.common.errors import UserError, closest
 from lifequant.common.files import write_all
 from lifequant.data import dataset_json
 from lifequant.data.create.class_folders import Seen
-from lifequant.data.create.tasks import checked_tasks, csv_files, folder_images, rows_of_tasks
+from lifequant.data.create.tasks import checked_tasks, csv_files, domain_images, folder_images, rows_of_tasks
 from lifequant.data.split import lowest
 from lifequant.data.task_csv import Rows
 
@@ -23,20 +23,30 @@ TASKS: dict[str, tuple[type, ...]] = {
     "images_per_class": (int,),
     "held_out": (float,),
     "task_seed": (int, str),
+    "domains": (list,),
 }
-REQUIRED = ("dataset", "num_tasks", "diminish_rate")
+OF_CLASSES = ("num_tasks", "diminish_rate")  # what domains take the place of
 OF_THE_RUN = "seed"  # the task_seed of tasks that are made with the run's own seed
 
 
 def check(tasks: dict[str, Any], path: Path) -> None:
     """Raises UserError for what is missing in [tasks], unknown, or of another type."""
+    domains = tasks.get("domains")
+    required = ("dataset", "domains") if domains is not None else ("dataset", *OF_CLASSES)
     for name, types in TASKS.items():
-        if not isinstance(tasks.get(name), types if name in REQUIRED else (*types, type(None))):
-            raise UserError(f"{path}: [tasks] needs {name}, a {'name' if types == (str,) else 'number'}")
-    try:
-        share(str(tasks["diminish_rate"]))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{path}: [tasks] diminish_rate: {error}") from None
+        if not isinstance(tasks.get(name), types if name in required else (*types, type(None))):
+            what = {(str,): "a name", (list,): "a list of folders"}.get(types, "a number")
+            raise UserError(f"{path}: [tasks] needs {name}, {what}")
+    if domains is not None:
+        if not domains or not all(isinstance(domain, str) for domain in domains):
+            raise UserError(f"{path}: [tasks] needs domains, a list of folders")
+        if given := [name for name in OF_CLASSES if name in tasks]:
+            raise UserError(f"{path}: [tasks] has domains and {given[0]}: each domain is one task, with all classes")
+    else:
+        try:
+            share(str(tasks["diminish_rate"]))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{path}: [tasks] diminish_rate: {error}") from None
     if unknown := sorted(set(tasks) - set(TASKS)):
         raise UserError(
             f"{path}: [tasks] has {unknown[0]!r}{closest(unknown[0], list(TASKS))} (known: {', '.join(TASKS)})"
@@ -48,6 +58,11 @@ def check(tasks: dict[str, Any], path: Path) -> None:
         raise UserError(
             f'{path}: [tasks] task_seed = {json.dumps(seed)}: give a number, or "{OF_THE_RUN}" for the seed of each run'
         )
+
+
+def number(tasks: dict[str, Any]) -> int:
+    """How many tasks there are."""
+    return len(tasks["domains"]) if tasks.get("domains") else tasks["num_tasks"]
 
 
 def task_seed(tasks: dict[str, Any], seed: int) -> int:
@@ -67,22 +82,32 @@ def classes_of_tasks(tasks: dict[str, Any], classes: int, seed: int) -> list[lis
 
 def write_tasks(tasks: dict[str, Any], seed: int, data_dir: Path, folder: Path) -> None:
     """Write the task CSVs into ``folder``. Raises UserError."""
-    seen = Seen()
-    names, rows = folder_images(data_dir, data_dir, "train", seen)
-    if tasks.get("images_per_class"):
-        rows = pick(rows, tasks["images_per_class"], seed, "thin")
+    seen, domains, n = Seen(), tasks.get("domains"), tasks.get("images_per_class")
+
+    def read(source: str) -> tuple[list[str], list[Rows]]:
+        """The class names, and the images of each domain or of the one folder."""
+        if domains:
+            return domain_images(data_dir, domains, source, seed, seen)
+        names, rows = folder_images(data_dir, data_dir, source, seen)
+        return names, [rows]
+
+    names, pools = read("train")
+    if n:
+        pools = [pick(rows, n, seed, "thin") for rows in pools]
     if tasks.get("held_out"):  # no test image is read
-        held = set(pick(rows, round(tasks["images_per_class"] * tasks["held_out"]), seed, "held_out"))
-        rows, test = [row for row in rows if row not in held], [row for row in rows if row in held]
+        held = set().union(*(pick(rows, round(n * tasks["held_out"]), seed, "held_out") for rows in pools))
+        tests = [[row for row in rows if row in held] for rows in pools]
+        pools = [[row for row in rows if row not in held] for rows in pools]
     else:
-        _, test = folder_images(data_dir, data_dir, "test", seen)
-    classes = classes_of_tasks(tasks, len(names), seed)
+        _, tests = read("test")
+    classes = [list(range(len(names)))] * len(pools) if domains else classes_of_tasks(tasks, len(names), seed)
     files: dict[str, str] = {}
-    for side, of_side in (("train", rows), ("test", test)):
-        files |= csv_files(tasks["dataset"], side, rows_of_tasks(of_side, classes))
-    if seen.linked:  # the runs must know where links may lead
-        record = dataset_json.record(tasks["dataset"], names, classes, data_dir, seed, None)
-        files[dataset_json.FILE] = dataset_json.text({**record, "linked": seen.outside()})
+    for side, of_side in (("train", pools), ("test", tests)):
+        files |= csv_files(tasks["dataset"], side, of_side if domains else rows_of_tasks(of_side[0], classes))
+    if seen.linked or domains:  # the runs must know where links may lead, and the domains' names
+        record = dataset_json.record(tasks["dataset"], names, classes, data_dir, seed, None, domains)
+        linked = {"linked": seen.outside()} if seen.linked else {}
+        files[dataset_json.FILE] = dataset_json.text({**record, **linked})
     write_all({folder / name: text for name, text in files.items()})
 
 

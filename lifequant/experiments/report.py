@@ -19,6 +19,7 @@ from typing import Any
 from lifequant.common.arguments import Parser
 from lifequant.common.errors import UserError, closest, one_line
 from lifequant.common.text import wrapped
+from lifequant.experiments import domains
 from lifequant.experiments.pictures import draw
 from lifequant.experiments.result_files import COMPACT, NEEDED, compact, results_below
 from lifequant.experiments.rows import Run, errors_that_fell, group, shift_and_forgetting, tables
@@ -53,6 +54,14 @@ def _is_matrix(value: Any, columns: int) -> bool:
     )
 
 
+def _are_kept(task: dict[str, Any]) -> bool:
+    """Whether what a domain task says of replay and importances is as a run writes it."""
+    replay = task.get("replay_of_domains", {})
+    return (
+        isinstance(replay, dict) and all(map(_is_count, replay.values())) and _is_count(task.get("importance_bytes", 0))
+    )
+
+
 def _fault(found: dict[str, Any]) -> str | None:
     """The first entry that no run writes in this form, beyond what schema.check looks at; None if all are good."""
     config, tasks, size = found["config"], found["tasks"], len(found["tasks"])
@@ -61,7 +70,7 @@ def _fault(found: dict[str, Any]) -> str | None:
         "config": _is_count(config.get("seed")) and all(_is_count(config.get(name)) for name in NUMBERS)
         and all(isinstance(config.get(name), str) for name in ("method", "quantizer"))
         and isinstance(config.get("dataset"), str | None),
-        "tasks": tasks and all(isinstance(t.get("classes"), list) and all(_is_count(t.get(n)) for n in images) for t in tasks),
+        "tasks": tasks and all(isinstance(t.get("classes"), list) and all(_is_count(t.get(n)) for n in images) and _are_kept(t) for t in tasks),
         "top1": len(found["top1"]) in (1, size),
         "average_accuracy": found["average_accuracy"] is not None,
         "memory_bytes": {"packed_model", "replay"} <= found["memory_bytes"].keys(),
@@ -124,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
         print("no pictures: matplotlib is missing (pip install lifequant[plot])")
     text = ["# Report", ""]
     for table in found:
-        text.append(markdown(table))
+        text += [markdown(table), *domains.markdown(table)]
         for name, caption in draw(table, found, out) if drawn else ():
             text += [f"![{name.removesuffix('.png')}]({name})", "", caption, ""]
             print(f"wrote {one_line(out / name)}")

@@ -60,6 +60,12 @@ class Row:
     def exceeds(self) -> str:
         return next((text for run in self.runs if (text := not_b_bit(run.results))), "")
 
+    @property
+    def domains(self) -> list[str]:
+        """The tasks' names where all are domains, else empty."""
+        names = [task.get("domain") for task in self.first.results["tasks"]]
+        return names if all(names) else []
+
     def values(self, metric: Metric) -> dict[int, float]:
         """{seed: value} of the runs in which the metric is defined."""
         found = {run.seed: metric.of(run.results) for run in self.runs}
@@ -122,6 +128,8 @@ def settings(run: Run) -> dict[str, Any]:
     kept = {name: value for name, value in run.config.items() if name not in IGNORED | free_names()}
     tasks = run.results["tasks"]
     kept["number of tasks"] = len(tasks)
+    if any(domains := [task.get("domain") for task in tasks]):
+        kept["domains"] = domains
     kept["classes a task"] = [len(task["classes"]) for task in tasks]
     if (made := run.results.get("grid_tasks")) and made.get("task_seed") == OF_THE_RUN:
         return kept | {"[tasks] of the grid": made}
@@ -217,7 +225,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         config, common = row.first.config, settings(row.first)
         names = ("dataset", "image_size", "classes a task", "train_images a task", "test_images a task")
         data = [common.get(key) for key in names]
-        key = json.dumps([config["bitW"], config["abitW"], *data, common.get("[tasks] of the grid")], sort_keys=True)
+        tasks = [common.get("[tasks] of the grid"), common.get("domains")]
+        key = json.dumps([config["bitW"], config["abitW"], *data, *tasks], sort_keys=True)
         found.setdefault(key, []).append(row)
     result: list[Table] = []
     for _, members in sorted(found.items(), key=lambda item: (-json.loads(item[0])[0], item[0])):

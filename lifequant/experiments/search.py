@@ -60,7 +60,8 @@ class Search:
         found = {}
         for row, flags in rows.items():
             mine = [run for run in runs if run.name.startswith(f"{row}/seed")]
-            disjoint = share(str(self.grid["tasks"]["diminish_rate"])) == 1
+            rate = self.grid["tasks"].get("diminish_rate")  # domains have none
+            disjoint = rate is not None and share(str(rate)) == 1
             scored = scored_by([sweep.results(run) for run in mine], disjoint) if all(map(sweep.finished, mine)) else {}
             found[row] = {"flags": flags, **scored}
             print(f"{row}: {found[row].get('score', 'diverged')}", flush=True)

@@ -92,6 +92,11 @@ def end_task(run: Run, task: Any) -> None:
     )
     history["training"].append(means(run.epoch_sums, run.term_names))
     history["memory"] = memory_bytes(run, task)
+    if run.data.domains:
+        history["tasks"][-1] |= {
+            "replay_of_domains": replay_of_domains(run, task),
+            "importance_bytes": history["memory"]["importance"],
+        }
     if run.oscillations:
         shares = run.oscillations.share()
         history["oscillation"].append({"oscillating": shares, "frozen": run.oscillations.frozen_share()})
@@ -101,10 +106,16 @@ def end_task(run: Run, task: Any) -> None:
             warn_of_one_code(run, w.name)
     curves.add_task_end(run, codes)
     warn_of(run, task_index)
-    accuracies = "  ".join(f"task {id} {value:.2f}" for id, value in zip(run.data.ids, scores.top1, strict=True))
-    run.log.say(
-        f"after {'all tasks' if run.method.joint else f'task {run.data.ids[task_index]}'}, top-1 (%): {accuracies}"
-    )
+    names = run.data.domains or [f"task {id}" for id in run.data.ids]
+    accuracies = "  ".join(f"{name} {value:.2f}" for name, value in zip(names, scores.top1, strict=True))
+    run.log.say(f"after {'all tasks' if run.method.joint else names[task_index]}, top-1 (%): {accuracies}")
+
+
+def replay_of_domains(run: Run, task: Any) -> dict[str, int]:
+    """{former domain: number of its images in the task's replay}"""
+    replay = set(task.replay.tolist())
+    rows_of = zip(run.data.domains, run.data.new_rows[: task.task_index], strict=False)
+    return {domain: len(replay.intersection(rows)) for domain, rows in rows_of}
 
 
 def snapshots(run: Run) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
@@ -144,7 +155,13 @@ def assemble(run: Run) -> dict[str, Any]:
         "schema": SCHEMA,
         "config": run.config.asdict(paths=False),
         "tasks": [
-            {"id": id, "classes": data.classes(i), **images[i], "test_images": tests[i]}
+            {
+                "id": id,
+                **({"domain": data.domains[i]} if data.domains else {}),
+                "classes": data.classes(i),
+                **images[i],
+                "test_images": tests[i],
+            }
             for i, id in enumerate(data.ids)
         ],
         "top1": R,

@@ -54,7 +54,9 @@ def _good(name: str, value: Any, found: dict[str, Any]) -> bool:
     if not _short(value):
         return False
     if name == "tasks":
-        return isinstance(value, list) and all(isinstance(t, dict) and type(t.get("id")) is int for t in value)
+        return isinstance(value, list) and all(
+            isinstance(t, dict) and type(t.get("id")) is int and isinstance(t.get("domain"), str | None) for t in value
+        )
     if name in _MATRICES:
         width = len(found["tasks"]) if isinstance(found.get("tasks"), list) else -1
         rows = isinstance(value, list) and all(isinstance(r, list) and len(r) == width for r in value)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lifequant.common.errors import one_line
 from lifequant.common.text import WIDTH, wrapped
 
+WIDEST = 20  # letters of a domain's name
 CLASS_IL, TASK_IL = "Class-IL", "Task-IL"
 SCENARIOS = (  # the scenarios of continual learning, van de Ven et al. 2022
     f"{CLASS_IL}: class-incremental, the network chooses among all classes",
@@ -64,21 +66,28 @@ def _pairs(*pairs: tuple[str, float | None]) -> str:
     return "   ".join(f"{name} {'-' if value is None else format(value, '.2f')}" for name, value in pairs)
 
 
+def _name(task: dict[str, Any], word: str) -> str:
+    """The domain that a task is, cut to what a column can show; ``word`` and its number for other tasks."""
+    name = one_line(task.get("domain") or "")
+    return (name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…") or f"{word} {task['id']}"
+
+
 def _matrix(results: dict[str, Any]) -> list[str]:
     """A row for each trained task, and what the last model is by other measures."""
-    matrix, ids = results["top1"], [task["id"] for task in results["tasks"]]
-    names = [f"after task {id}" for id in ids] if len(matrix) == len(ids) else ["after all tasks"]
+    matrix, tasks = results["top1"], results["tasks"]
+    names = ["after " + _name(task, "task") for task in tasks]
+    names = names if len(matrix) == len(tasks) else ["after all tasks"]
     rows = [*zip(names, matrix, strict=True), ("task-masked", results["top1_masked"][-1])]
     if results["average_accuracy_nme"] is not None:
         rows.append(("by exemplars", results["top1_nme"][-1]))
     first = max(14, *(len(name) for name in names))
-    heads = [f"test {id}" for id in ids]
+    heads = [_name(task, "test") for task in tasks]
     width = max(8, *(len(head) + 1 for head in heads))
-    shown = _shown(len(ids), (WIDTH - first) // width)
+    shown = _shown(len(tasks), (WIDTH - first) // width)
     lines = [f"{'top-1 (%)':<{first}}" + "".join(f"{heads[i]:>{width}}" for i in shown)]
     lines += [f"{name:<{first}}" + "".join(f"{values[i]:{width}.2f}" for i in shown) for name, values in rows]
-    if len(shown) < len(ids):
-        lines.append(f"({len(ids) - len(shown)} columns are not shown; results.json has all)")
+    if len(shown) < len(tasks):
+        lines.append(f"({len(tasks) - len(shown)} columns are not shown; results.json has all)")
     return lines
 
 

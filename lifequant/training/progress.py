@@ -24,11 +24,12 @@ def header(run: Run) -> str:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     threads = f", threads: {torch.get_num_threads()}" if run.device.type == "cpu" else ""
     processes = f", processes: {count}" if (count := distributed.world_size()) > 1 else ""
+    domains = f" ({', '.join(data.domains)})" if data.domains else ""
     lines = {
         "method": f"{config.method}, loss {config.loss}, sampler {config.sampler}, penalty {config.penalty}",
         "network": f"{config.target_model}, {parameters:,} parameters",
         **_bits(config),
-        "data": f"{data.prefix}, classes: {data.num_classes}, tasks: {len(data.ids)}",
+        "data": f"{data.prefix}, classes: {data.num_classes}, tasks: {len(data.ids)}{domains}",
         "images": f"training: {len(data.train.paths):,}, test: {len(data.test.paths):,}",
         "work": f"epochs a task: {config.num_epochs}, steps: {run.steps_before(run.num_tasks):,}, images a step: {config.train_batch_size}, seed: {config.seed}",
         "device": f"{run.device}{threads}{processes}, torch {torch.__version__}",

@@ -19,10 +19,8 @@ from lifequant.common.files import checked_name, find_folder, write_all
 from lifequant.common.text import say
 from lifequant.data import dataset_json
 from lifequant.data.create.class_folders import Seen, class_images, class_names, folders_in, refuse_shared
-from lifequant.data.split import class_tasks, long_tail, lowest, share_of_each
+from lifequant.data.split import TEST_SHARE, class_tasks, long_tail, lowest, share_of_each
 from lifequant.data.task_csv import Rows, csv_name, csv_text, task_numbers
-
-TEST_SHARE = 0.2  # of a domain that comes without a split of its own
 
 
 def main_tasks(argv: Sequence[str]) -> int:
@@ -166,17 +164,18 @@ def domain_images(root: Path, domains: list[str], source: str, seed: int, seen: 
         if (folder / "train").is_dir():
             found[domain] = folder_images(root, folder, source, seen)
         else:
-            if folders_in(folder) == ["images"]:  # so Office-31 is distributed
+            if (folder / "images").is_dir() and folders_in(folder / "images"):  # so Office-31 is distributed
                 folder /= "images"
             names = class_names(folder)
             found[domain] = names, _own_split(class_images(root, folder, names, seen), names, source, seed, folder)
     names = sorted(set().union(*(have for have, _ in found.values())))
     for domain, (have, _) in found.items():
-        lacking = sorted(set(names) - set(have))
-        if lacking:
-            raise UserError(
-                f"{root / domain}: no class '{lacking[0]}', which another domain has; all need the same classes"
+        if lacking := sorted(set(names) - set(have)):
+            other = next(other for other, (its, _) in found.items() if lacking[0] in its)
+            listed = ", ".join(f"'{name}'" for name in lacking[:3]) + f" and {len(lacking) - 3} more" * (
+                len(lacking) > 3
             )
+            raise UserError(f"{root / domain}: no class {listed}, which {other} has; all domains need the same classes")
     return names, [rows for _, rows in found.values()]
 
 
