@@ -1,7 +1,7 @@
-"""Memory of a run's data: images held in memory (--cache memory) and read from their file (--cache mmap), over an epoch.
+"""Memory of a run's data: images held decoded (--cache memory) or encoded, and read from their file (mmap), over two epochs.
 
-Makes a data set of JPEGs in a temporary folder: few distinct pictures, each linked to many names. It is loaded as a run
-loads it (the first time decoded into the cache), then every training image goes through a batch once: drawn, augmented,
+Makes a data set of JPEGs in a temporary folder: few distinct pictures, each copied to many names. It is loaded as a run
+loads it (the first time decoded into the cache), then every training image goes through a batch twice: drawn, augmented,
 normalized, the network left out. Each case is a process of its own, so that none sees another's memory.
 
 RSS is what counts against a process, and of it RssAnon what can't be given back; VmHWM is the highest RSS until then,
@@ -10,7 +10,7 @@ RssFile the pages of files, libraries among them.
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,11 +34,17 @@ from lifequant.data.task_csv import csv_text
 
 DISTINCT = 20  # pictures
 FIELDS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
-CASES = ("build mmap", "mmap", "memory")
+CASES = {
+    "build mmap": {"cache": "mmap"},
+    "mmap": {"cache": "mmap"},
+    "memory": {"cache": "memory"},
+    "encoded": {"cache": "encoded"},
+    "reference": {"cache": "encoded", "augment": "reference"},
+}
 
 
 def write_data(root: Path, count: int, side: int) -> None:
-    """images/*.jpg, pictures of about ``side`` pixels, linked to ``count`` names, and their task CSVs in csv/."""
+    """images/*.jpg, pictures of about ``side`` pixels, copied to ``count`` names, and their task CSVs in csv/."""
     noise = np.random.default_rng(0)
     (root / "images").mkdir()
     (root / "csv").mkdir()
@@ -49,10 +55,10 @@ def write_data(root: Path, count: int, side: int) -> None:
     names = [f"{number % DISTINCT}.jpg" for number in range(count)]
     for number in range(DISTINCT, count):
         names[number] = f"{number}.jpg"
-        os.link(root / "images" / f"{number % DISTINCT}.jpg", root / "images" / names[number])
+        shutil.copyfile(root / "images" / f"{number % DISTINCT}.jpg", root / "images" / names[number])
     tests = [f"test{number}.jpg" for number in range(DISTINCT)]
     for number, name in enumerate(tests):
-        os.link(root / "images" / f"{number}.jpg", root / "images" / name)
+        shutil.copyfile(root / "images" / f"{number}.jpg", root / "images" / name)
     for kind, images in (("train", names), ("test", tests)):
         rows = [(image, number % DISTINCT) for number, image in enumerate(images)]
         (root / "csv" / f"large_{kind}0.csv").write_text(csv_text(rows))
@@ -68,8 +74,8 @@ def memory() -> dict[str, int]:
 def one_case(root: Path, case: str, batch: int, side: int) -> None:
     """Load, then an epoch of batches; prints lines of a table."""
     config = options.make(
-        csv_dir=root / "csv", data_dir=root / "images", cache_dir=root / "cache", cache=case.split()[-1], image_size=side,
-        train_batch_size=batch, method="original", device="cpu",
+        csv_dir=root / "csv", data_dir=root / "images", cache_dir=root / "cache", image_size=side,
+        train_batch_size=batch, method="original", device="cpu", **CASES[case],
     )  # fmt: skip
 
     def line(where: str, seconds: float) -> None:
@@ -86,9 +92,9 @@ def one_case(root: Path, case: str, batch: int, side: int) -> None:
     order = epoch_order(task.labels[task.pool], task.counts, "uniform", generator(0, "order"))
     epoch, steps = task.epoch(order, batch), len(order) // batch
     begin = time.perf_counter()
-    for step in range(steps):
-        task.training_batch(epoch, step, generator(0, "augment", step))
-        if step == 0 or (step + 1) % -(-steps // 4) == 0 or step == steps - 1:
+    draws = ((epoch, step % steps, generator(0, "augment", step)) for step in range(2 * steps))
+    for step, _ in enumerate(task.training_batches(draws)):
+        if step == 0 or (step + 1) % -(-steps // 2) == 0 or step == 2 * steps - 1:
             line(f"batch {step + 1}", time.perf_counter() - begin)
 
 

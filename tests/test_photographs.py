@@ -222,6 +222,11 @@ def test_broken_photograph(photos, tmp_path, capsys):
     store = EncodedImages(images, files(photos), SIDE, held=False)
     with pytest.raises(UserError, match=r"0000_plain\.jpg: this image can't be read"):
         next(ahead(lambda rows: store[rows], [torch.tensor([1, 0])]))
+    Image.new("RGB", (30, 30)).save(broken)
+    whole = opened(photos, held=False)
+    whole.files[0] = broken
+    with pytest.raises(UserError, match="has changed since the run began"):
+        whole.crops(torch.arange(2), seeded())
 
 
 def test_checked_once(photos, tmp_path, monkeypatch, capsys):

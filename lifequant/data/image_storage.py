@@ -72,7 +72,8 @@ def choose_location(
     held = place == "encoded" and fits(encoded or 0)
     if place == "encoded" and not held:
         say(
-            f"--cache encoded: the files ({encoded / 1e9:.1f} GB) are read batch by batch, since half of the memory is less"
+            f"--cache encoded: the files, {encoded / 1e9:.1f} GB, are read batch by batch, since they take more than half of the "
+            "memory available"
         )
     return ImageLocation(place == "mmap", resident and place != "encoded", place == "encoded", held)
 

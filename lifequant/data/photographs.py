@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lifequant.common.errors import UserError
 from lifequant.data.augment import random_boxes
 from lifequant.data.decode import as_pixels, decode, decode_whole, read_file, silence, upright
 
@@ -82,12 +83,16 @@ class Photographs(EncodedImages):
     ) -> None:
         super().__init__(root, paths, size, held)
         self.sizes, self.least, self.pixels = sizes, least, pixels
+        self._known = [tuple(size) for size in sizes.tolist()]
 
     def photograph(self, row: int) -> np.ndarray:
         """uint8 [H, W, 3], the whole."""
         if self.pixels is not None:
             return self.pixels[row]
-        return decode_whole(self.files[row], self.contents and self.contents[row])[0]
+        found = decode_whole(self.files[row], self.contents and self.contents[row])[0]
+        if found.shape[:2] != self._known[row]:
+            raise UserError(f"{self.files[row]}: this image has changed since the run began: begin anew, or resume")
+        return found
 
     def view(self, row: int) -> np.ndarray:
         size = self.shape[-1]

@@ -100,19 +100,20 @@ class Task:
 
     def training_batch(self, epoch: Epoch, index: int, generator: torch.Generator) -> Batch:
         """Batch ``index`` of an epoch, augmented."""
-        return self._batch(epoch, index, self._augmented(epoch, index, generator))
+        return self._batch(epoch, index, self._augmented(self.labels.device, epoch, index, generator))
 
     def training_batches(self, draws: Iterable[tuple[Epoch, int, torch.Generator]]) -> Iterator[Batch]:
         """The ``training_batch`` of each of ``draws`` in turn. Large images are made by threads, before they are asked for."""
-        if not pays(self.images, self.labels.device):
+        device = self.labels.device
+        if not pays(self.images, device):
             yield from (self.training_batch(*draw) for draw in draws)
             return
-        with closing(ahead(lambda draw: (*draw[:2], self._augmented(*draw)), draws)) as made:
+        with closing(ahead(lambda draw: (*draw[:2], self._augmented(device, *draw)), draws)) as made:
             for epoch, index, x in made:
                 yield self._batch(epoch, index, x)
 
-    def _augmented(self, epoch: Epoch, index: int, generator: torch.Generator) -> Tensor:
-        """The augmented images of a batch, normalized if they are on the run's device: uint8 or float32 [N, 3, H, W]."""
+    def _augmented(self, device: torch.device, epoch: Epoch, index: int, generator: torch.Generator) -> Tensor:
+        """The augmented images of a batch, normalized if they are on ``device``, the run's: uint8 or float32 [N, 3, H, W]."""
         rows = epoch.image_rows[index]
         if isinstance(self.images, Photographs):
             images = self.images.crops(rows, generator)
@@ -120,7 +121,7 @@ class Task:
             images = self.augment(self.images[rows], generator)
         else:
             images = self.augment(self.take(rows), generator)
-        return normalize(images, self.statistics) if images.device == self.labels.device else images
+        return normalize(images, self.statistics) if images.device == device else images
 
     def _batch(self, epoch: Epoch, index: int, x: Tensor) -> Batch:
         _, y, is_replay, rows = (part[index] for part in epoch)
