@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lifequant import presets, registry
-from lifequant.common.arguments import boolean, int_at_least, real, share
+from lifequant.common.arguments import boolean, int_at_least, part_of_batch, rate, real, share
 from lifequant.losses import LOSSES
 from lifequant.quantizers.base import BIT_WIDTHS
 
@@ -81,11 +81,6 @@ def below_one(text: str) -> float:
     return value
 
 
-def rate(text: str) -> float:
-    """A share, or 0 for none."""
-    return 0.0 if text.strip() in ("0", "0.0") else share(text)
-
-
 DATA, METHOD, QUANT, TRAIN, RUN = "data", "method and its parts", "model and quantizer", "training", "run"
 
 
@@ -132,6 +127,7 @@ class Config:
     buffer_size: int | None = flag(
         None, DATA, "number of replay images in all, instead of --replay_rate", type=int_at_least(1)
     )
+    replay_batch: float | None = flag(None, DATA, "share of each batch that is stored images; 0 shuffles new and stored ones as one pool (default: the method's)", type=part_of_batch, metavar="SHARE")  # fmt: skip
 
     method: str = flag(
         "ours", METHOD, "lifelong method; life_q means the quantizer proxq with the method of --ll_method"
@@ -204,7 +200,7 @@ class Config:
     source_file: str | None = flag(None, QUANT, "model to start from: its file, or a run's folder", path=True)
 
     num_epochs: int = flag(50, TRAIN, "number of epochs for each task", type=int_at_least(1))
-    train_batch_size: int = flag(128, TRAIN, "images in a training step", type=int_at_least(2))
+    train_batch_size: int = flag(128, TRAIN, "images in a training step, stored ones included", type=int_at_least(2))
     eval_batch_size: int = flag(100, TRAIN, "images in a batch of the evaluation", type=int_at_least(1))
     lr: float = flag(0.04, TRAIN, "highest learning rate", type=real(above=0))
     step_lr: float = flag(0.1, TRAIN, "learning rate of the quantizers' scales, as a share of --lr", type=real(0))

@@ -183,6 +183,12 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
         raise UserError(
             f"--nme needs stored images, and {given['method']} stores none: give --replay_rate or --buffer_size"
         )
+    stores = given.get("replay_rate") != 0 or given.get("buffer_size") is not None
+    if given.get("replay_batch") and not stores:
+        raise UserError(
+            f"--replay_batch needs stored images, and {given['method']} stores none: give --replay_rate or --buffer_size"
+        )
+    given.setdefault("replay_batch", defaults.get("replay_batch", 0.0) if stores else 0.0)
     given["ll_method"] = given["method"]
     given["target_model"] = given.get("target_model", "resnet20").removesuffix("_quant")
     registry.model(given["target_model"])

@@ -23,7 +23,7 @@ from lifequant.common.seeding import generator
 from lifequant.common.text import duration
 from lifequant.config import Config
 from lifequant.data.dataset import load_dataset
-from lifequant.data.replay import epoch_order
+from lifequant.data.replay import epoch_of
 from lifequant.data.task import Batch, Task
 from lifequant.losses import distillation
 from lifequant.results import curves, results
@@ -94,8 +94,8 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
 def train_task(run: Run, task: Task) -> None:
     """Train on one task, from ``run.step`` steps on."""
     config = run.config
-    size = schedule.batch_size(config, len(task.pool))
-    steps_per_epoch = schedule.steps_per_epoch(config, len(task.pool))
+    parts = schedule.batch_parts(config, *run.task_sizes[run.task_index])
+    steps_per_epoch = schedule.steps_per_epoch(config, *run.task_sizes[run.task_index])
     steps = config.num_epochs * steps_per_epoch
     run.reading_interval = schedule.reading_interval(config, steps, run.device.type)
     batches = None
@@ -109,7 +109,7 @@ def train_task(run: Run, task: Task) -> None:
         epoch, index = divmod(run.step, steps_per_epoch)
         if index == 0 or batches is None:
             noise = generator(config.seed, "order", task.task_index, epoch)
-            batches = task.epoch(epoch_order(task.labels[task.pool], task.counts, config.sampler, noise), size)
+            batches = epoch_of(task, parts, config.sampler, noise)
         noise = generator(config.seed, "augment", task.task_index, run.step)
         batch = task.training_batch(batches, index, noise)
         factor = schedule.lr_factor(config, run.step, steps_per_epoch)
@@ -121,7 +121,7 @@ def train_task(run: Run, task: Task) -> None:
             run.epoch_sums.zero_()
         run.epoch_sums += sums  # in place: a CUDA graph takes ``sums`` back at its next step
         run.step += 1
-        run.timer.step(size)
+        run.timer.step(sum(parts))
         run.timer.switch("logging")
         bar.update()
         if run.step % run.reading_interval == 0 or run.step == steps:

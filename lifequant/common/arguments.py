@@ -127,6 +127,18 @@ def share(text: str) -> float:
     return value / 100 if value > 1 else value
 
 
+def rate(text: str) -> float:
+    """A share, or 0 for none."""
+    return 0.0 if text.strip() in ("0", "0.0") else share(text)
+
+
+def part_of_batch(text: str) -> float:
+    """A share below 1, or 0 for none."""
+    if (value := rate(text)) == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} leaves no room for new images: give a share below 1")
+    return value
+
+
 def int_at_least(least: int) -> Callable[[str], int]:
     """The type of a whole number that is at least ``least``."""
 

@@ -97,12 +97,13 @@ class DataSet:
             batch_size=config.train_batch_size,
             buffer_count=len(stored),
             augment=augmentation(config),
+            replay_batch=config.replay_batch,
         )
 
-    def pool_sizes(self, config: Config, joint: bool = False) -> list[int]:
-        """How many images each task trains on, new and replayed ones."""
-        tasks = 1 if joint else len(self.ids)
-        return [len(self.task(task_index, config, joint).pool) for task_index in range(tasks)]
+    def task_sizes(self, config: Config, joint: bool = False) -> list[tuple[int, int]]:
+        """How many images each task trains on: (new, stored of former tasks)."""
+        found = (self.task(task_index, config, joint) for task_index in range(1 if joint else len(self.ids)))
+        return [(len(task.new_rows), len(task.replay)) for task in found]
 
 
 def load_dataset(config: Config, device: torch.device, say: Callable[[str], None]) -> DataSet:

@@ -1,4 +1,4 @@
-"""Which images are stored for replay, and BaLL's sampler."""
+"""Which images are stored for replay, how a batch draws them, and BaLL's sampler."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lifequant.data.split import lowest, share_of_each, total_of_each
+from lifequant.data.task import Epoch, Task
 from lifequant.losses import rebalancing_weights
 
 
@@ -64,3 +65,28 @@ def epoch_order(labels: Tensor, counts: Tensor, sampler: str, generator: torch.G
         return torch.randperm(len(labels), generator=generator)
     weights = rebalancing_weights(counts.double().cpu())[labels.cpu()]
     return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+
+
+def epoch_of(task: Task, parts: tuple[int, int], sampler: str, generator: torch.Generator) -> Epoch:
+    """The batches of one epoch, each of ``parts`` = (new images, stored images beside them), as task.batch_parts gives them.
+
+    With stored images beside them, the epoch is one pass over the new images. The stored ones are drawn in passes over
+    the store, so that a batch has none twice (as Avalanche's ReplayDataLoader draws them; Mammoth draws each batch anew).
+    ``ball`` draws both kinds with replacement, by the weights of ``epoch_order``. New and stored images alternate, so that
+    each process has its share of both. With none beside them, the whole pool is shuffled as one.
+    """
+    new, beside = parts
+    labels = task.labels[task.pool]
+    if not beside:
+        return task.epoch(epoch_order(labels, task.counts, sampler, generator), new)
+    first = len(task.new_rows)
+    order = epoch_order(labels[:first], task.counts, sampler, generator)
+    batches = -(-first // new)
+    order = order[torch.arange(batches * new) % first].view(batches, new)
+    stored = torch.empty(0, beside, dtype=torch.int64)
+    while len(stored) < batches:
+        drawn = epoch_order(labels[first:], task.counts, sampler, generator)
+        stored = torch.cat([stored, drawn[: len(drawn) // beside * beside].view(-1, beside)])
+    places = torch.cat([(torch.arange(n) + 0.5) / n for n in parts]).argsort(stable=True)
+    order = torch.cat([order, first + stored[:batches]], 1)[:, places]
+    return task.epoch(order.flatten(), new + beside)

@@ -32,6 +32,20 @@ class Epoch(NamedTuple):
     rows: Tensor  # int64 [batches, N]
 
 
+def batch_parts(size: int, share: float, new: int, stored: int, multiple: int = 1) -> tuple[int, int]:
+    """(new images, stored images beside them) in each batch of at most ``size`` images, of which ``share`` is stored.
+
+    ``new`` and ``stored``: images of the task. A batch has no stored image twice, and at least one new image. A share of 0
+    gives (images of the merged pool, 0). The sum is a multiple of ``multiple``.
+    """
+    beside = bool(share and stored)
+    most = new + (min(stored, max(1, round(new * share / (1 - share)))) if beside else stored)
+    size = min(size, most)
+    size = max(size - size % multiple, multiple)
+    drawn = min(max(1, round(share * size)), stored, size - 1) if beside else 0
+    return size - drawn, drawn
+
+
 @dataclass
 class Task:
     """What a method may know of a task: training and replay data, never test data."""
@@ -52,13 +66,22 @@ class Task:
     augment: Callable[[Tensor, torch.Generator], Tensor] = crop_and_flip  # uint8 [N, 3, H, W] -> the same
     csv_id: int | None = None  # the number in the CSV's name, which messages show; None: the index
     stable_rows: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
+    replay_batch: float = 0.0  # share of each batch that is stored images; 0: new and stored ones are one pool
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
-    counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
+    counts: Tensor = field(init=False)  # float32 [C], images of each class that an epoch draws, before any sampler
+    epochs_of_replay: float = field(init=False)  # times that an epoch draws a stored image, on average; 1 for one pool
     old_classes: Tensor = field(init=False)  # bool [C], classes of former tasks
 
     def __post_init__(self) -> None:
         self.pool = torch.cat([self.new_rows, self.replay])
-        self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
+        new, stored = len(self.new_rows), len(self.replay)
+        drawn, beside = batch_parts(self.batch_size, self.replay_batch, new, stored)
+        self.epochs_of_replay = beside / drawn * new / stored if beside else 1.0
+        of_new, of_stored = (
+            torch.bincount(self.labels[rows], minlength=self.num_classes).float()
+            for rows in (self.new_rows, self.replay)
+        )
+        self.counts = of_new + self.epochs_of_replay * of_stored
         self.old_classes = torch.bincount(self.labels[self.past_rows], minlength=self.num_classes) > 0
 
     @property

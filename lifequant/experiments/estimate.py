@@ -38,6 +38,8 @@ def work(run: Run, counts: Sequence[int]) -> tuple[float, float]:
     new = [sum(each[label] for label in labels) for labels in classes_of_tasks(tasks, len(counts), run.task_seed)]
     rate = 0.0 if config.replay_rate == 0 or config.buffer_size else config.replay_rate or REPLAY_RATE
     images = [n + rate * sum(new[:t]) + min(config.buffer_size or 0, sum(new[:t])) for t, n in enumerate(new)]
+    if config.replay_batch:
+        images = [n / (1 - config.replay_batch * (t > 0)) for t, n in enumerate(new)]
     scale = config.num_epochs * (config.image_size / 32) ** 2 * (QUANTIZED if config.bitW < 32 else 1.0)
     images = images[: config.num_tasks]
     return scale * sum(images), scale * sum(images[config.start_task :])

@@ -92,7 +92,7 @@ class Run:
 
 
 # Settings that came later: at these values a run keeps the key that it had before them.
-ADDED = {"optimizer": "sgd", "tf32": True}
+ADDED = {"optimizer": "sgd", "tf32": True, "replay_batch": 0.0}
 
 
 def digest(value: Any) -> str:

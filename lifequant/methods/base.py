@@ -82,12 +82,13 @@ class LifelongMethod(TrainingHooks):
         "sampler": "uniform",
         "penalty": "none",
         "replay": False,
+        "replay_batch": 0.0,
     }
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.loss = LOSSES[config.loss]
-        self.counts: Tensor | None = None  # float32 [C], images of each class in the pool
+        self.counts: Tensor | None = None  # float32 [C], images of each class that an epoch draws
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         self.counts = sized_like(self.counts, task.counts)

@@ -43,7 +43,7 @@ class Run:
         self.penalty: TrainingHooks = self.method if own_penalty else registry.penalty(config.penalty)(config)
         self.callbacks = [self.method] if own_penalty else [self.method, self.penalty]
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
-        self.pool_sizes = dataset.pool_sizes(config, self.method.joint)
+        self.task_sizes = dataset.task_sizes(config, self.method.joint)
         self.expects_time = True  # until the run has said how long it will take
         self.task_index = self.step = 0  # the task, and the steps done in it
         self.reading_interval = 1  # steps of this task between two readings of the loss
@@ -73,7 +73,7 @@ class Run:
 
     def steps_before(self, task_index: int) -> int:
         """Steps of the tasks before this one."""
-        return sum(self.config.num_epochs * steps_per_epoch(self.config, n) for n in self.pool_sizes[:task_index])
+        return sum(self.config.num_epochs * steps_per_epoch(self.config, *n) for n in self.task_sizes[:task_index])
 
     @property
     def global_step(self) -> int:
