@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lifequant import presets, registry
-from lifequant.common.arguments import boolean, int_at_least, part_of_batch, rate, real, share
+from lifequant.common.arguments import boolean, int_at_least, part_of_batch, quality, rate, real, share
 from lifequant.losses import LOSSES
 from lifequant.quantizers.base import BIT_WIDTHS
 
@@ -128,6 +128,10 @@ class Config:
         None, DATA, "number of replay images in all, instead of --replay_rate", type=int_at_least(1)
     )
     replay_batch: float | None = flag(None, DATA, "share of each batch that is stored images; 0 shuffles new and stored ones as one pool (default: the method's)", type=part_of_batch, metavar="SHARE")  # fmt: skip
+
+    replay_codec: str = flag("raw", DATA, "how replay images are stored", choices=["raw", "webp", "jpeg", "bits4"])
+    replay_quality: int | None = flag(None, DATA, "quality of webp and jpeg, 1 to 100 (default: 50)", type=quality, metavar="Q")  # fmt: skip
+    replay_code_new: bool | None = switch(None, DATA, "train on new images as the codec gives them back, too, so that coding does not tell which are stored (default: True with a codec)")  # fmt: skip
 
     method: str = flag(
         "ours", METHOD, "lifelong method; life_q means the quantizer proxq with the method of --ll_method"

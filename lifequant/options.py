@@ -189,6 +189,16 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
             f"--replay_batch needs stored images, and {given['method']} stores none: give --replay_rate or --buffer_size"
         )
     given.setdefault("replay_batch", defaults.get("replay_batch", 0.0) if stores else 0.0)
+    codec = given.setdefault("replay_codec", "raw")
+    for name in ("replay_quality", "replay_code_new"):
+        if given.get(name) and (codec == "raw" or (name == "replay_quality" and codec == "bits4")):
+            raise UserError(f"--{name} has no meaning with --replay_codec {codec}: leave it out, or name webp or jpeg")
+    if codec != "raw" and not stores:
+        raise UserError(
+            f"--replay_codec {codec}: {given['method']} stores no images: give --replay_rate or --buffer_size"
+        )
+    given.setdefault("replay_quality", 50 if codec in ("webp", "jpeg") else None)
+    given.setdefault("replay_code_new", codec != "raw")
     given["ll_method"] = given["method"]
     given["target_model"] = given.get("target_model", "resnet20").removesuffix("_quant")
     registry.model(given["target_model"])

@@ -132,6 +132,14 @@ def rate(text: str) -> float:
     return 0.0 if text.strip() in ("0", "0.0") else share(text)
 
 
+def quality(text: str) -> int:
+    """A whole number from 1 to 100."""
+    value = int_at_least(1)(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
+    return value
+
+
 def part_of_batch(text: str) -> float:
     """A share below 1, or 0 for none."""
     if (value := rate(text)) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
 from lifequant.data.augment import augmentation
 from lifequant.data.cache_folder import cache_dir_of
+from lifequant.data.codec import CodedImages, label_bytes
 from lifequant.data.image_cache import load_images
 from lifequant.data.image_root import checked_images, image_root
 from lifequant.data.image_storage import choose_location
 from lifequant.data.replay import stored_rows
+from lifequant.data.replay_csv import read_replay_csvs
 from lifequant.data.same_images import Spellings, Tables
 from lifequant.data.split import long_tail, lowest, share_of_each
 from lifequant.data.task import Task
@@ -79,10 +81,14 @@ class DataSet:
         new = sorted(set().union(*self.new_rows)) if joint else self.new_rows[task_index]
         past = [] if joint else self.new_rows[:task_index]
         stored = [] if joint else self.stored(task_index, config)
-        here, device = set(new), self.train.labels.device
+        here, rows = set(new), self._rows
+        coded = self.coded({*stored, *new} if config.replay_code_new else {*stored} - here, config)
 
-        def rows(values: Sequence[int]) -> Tensor:
-            return torch.tensor(sorted(values), dtype=torch.int64, device=device)
+        def replay_bytes() -> int:
+            if coded is None:
+                return len(stored) * self.train.images[0].nbytes
+            kept = coded if config.replay_code_new else self.coded(stored, config)
+            return kept.nbytes(rows(stored)) + len(stored) * label_bytes(self.num_classes)
 
         return Task(
             task_index=task_index,
@@ -97,8 +103,19 @@ class DataSet:
             batch_size=config.train_batch_size,
             buffer_count=len(stored),
             augment=augmentation(config),
+            coded=coded,
+            replay_bytes=replay_bytes,
             replay_batch=config.replay_batch,
         )
+
+    def coded(self, rows: Iterable[int], config: Config) -> CodedImages | None:
+        """These training images as the codec of the replay store gives them back; None for ``raw``."""
+        if config.replay_codec == "raw":
+            return None
+        return CodedImages(self.train.images, self._rows(rows), config.replay_codec, config.replay_quality)
+
+    def _rows(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(sorted(values), dtype=torch.int64, device=self.train.labels.device)
 
     def task_sizes(self, config: Config, joint: bool = False) -> list[tuple[int, int]]:
         """How many images each task trains on: (new, stored of former tasks)."""
@@ -145,7 +162,7 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     for t, images in zip(ids, new, strict=True):
         if not images:
             raise UserError(f"{folder / csv_name(prefix, 'train', t)}: no training image is left for task {t}")
-    replay = _replay_csv(config, folder, prefix, ids, every, spellings, say)
+    replay = read_replay_csvs(config, folder, prefix, ids, every, spellings, say)
     if replay is not None:
         replay = [[image for image in images if image in kept and image not in held] for images in replay]
 
@@ -258,30 +275,6 @@ def _held_out(config: Config, kept: set[str], label_of: dict[str, int]) -> set[s
     counts = Counter(labels)
     share = {c: min(n, counts[c] - 1) for c, n in share_of_each(counts, config.val_fraction).items()}
     return {images[index] for index in lowest(images, labels, share, config.seed, "validation")}
-
-
-def _replay_csv(
-    config: Config, folder: Path, prefix: str, ids: list[int], every: dict[int, Rows], spellings: Spellings, say
-) -> list[list[str]] | None:
-    """The images that the replay CSVs name; None where there are none, or where a flag asks for another sample."""
-    present = task_numbers(folder, prefix, "replay")
-    if config.replay_rate == 0 or not set(ids) <= set(present):
-        return None
-    if config.buffer_size is not None or config.replay_rate is not None:
-        say(f"the replay CSVs in {folder} are not used: --replay_rate or --buffer_size says what is stored")
-        return None
-    replay = []
-    for task in ids:
-        file = folder / csv_name(prefix, "replay", task)
-        own = dict(every[task])
-        for image, label in (rows := read_rows(file)):
-            if own.get(spellings.of(image)) != label:
-                raise UserError(
-                    f"{file}: {short(image)} is not in {csv_name(prefix, 'train', task)} with the label {label}"
-                )
-        replay.append(list(dict.fromkeys(spellings.of(image) for image, _ in rows)))
-    say(f"replay: the images that the replay CSVs in {folder} name")
-    return replay
 
 
 def data_key(data: DataSet) -> list[str]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lifequant.data.augment import crop_and_flip, load_batch, normalize
+from lifequant.data.augment import crop_and_flip, normalize
+from lifequant.data.codec import CodedImages
 from lifequant.data.image_storage import take
 
 
@@ -66,6 +67,8 @@ class Task:
     augment: Callable[[Tensor, torch.Generator], Tensor] = crop_and_flip  # uint8 [N, 3, H, W] -> the same
     csv_id: int | None = None  # the number in the CSV's name, which messages show; None: the index
     stable_rows: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
+    coded: CodedImages | None = None  # what went through the codec of ``--replay_codec``
+    replay_bytes: Callable[[], int] | None = None  # of the images in the replay store
     replay_batch: float = 0.0  # share of each batch that is stored images; 0: new and stored ones are one pool
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
     counts: Tensor = field(init=False)  # float32 [C], images of each class that an epoch draws, before any sampler
@@ -94,13 +97,18 @@ class Task:
         """The name in messages: "task 3" is the task of <data set>_train3.csv."""
         return f"task {self.task_index if self.csv_id is None else self.csv_id}"
 
-    def take(self, rows: Tensor) -> Tensor:
-        """These rows of the images, on the task's device."""
-        return take(self.images, rows, self.labels.device)
+    def take(self, rows: Tensor, image_rows: Tensor | None = None) -> Tensor:
+        """These rows of the images, as they come out of the codec if they are coded, on the task's device.
+
+        ``image_rows``: ``rows`` on the images' device, where they are there already.
+        """
+        found = take(self.images, rows if image_rows is None else image_rows, self.labels.device)
+        return self.coded.over(found, rows) if self.coded else found
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of these rows, not augmented."""
-        return load_batch(self.images, rows, self.labels.device), self.labels[rows]
+        x = self.take(rows)
+        return normalize(x) if x.dtype == torch.uint8 else x, self.labels[rows]
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The ``batch`` of each ``size`` rows in turn, so that no more images are held at a time."""
@@ -118,7 +126,7 @@ class Task:
     def training_batch(self, epoch: Epoch, index: int, generator: torch.Generator) -> Batch:
         """Batch ``index`` of an epoch, augmented on the device."""
         image_rows, y, is_replay, rows = (part[index] for part in epoch)
-        return Batch(normalize(self.augment(self.take(image_rows), generator)), y, is_replay, rows)
+        return Batch(normalize(self.augment(self.take(rows, image_rows), generator)), y, is_replay, rows)
 
 
 def user_task(

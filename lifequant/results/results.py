@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
+from lifequant.data import codec
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.evaluation.nearest_mean import nme_accuracy
@@ -52,7 +53,7 @@ def memory_bytes(run: Run, task: Any) -> dict[str, int]:
 
     These are replay images, what the method and the penalty keep, the moving average, and the counts of oscillations.
     """
-    memory = {"replay": task.buffer_count * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
+    memory = {"replay": task.replay_bytes(), **dict.fromkeys(KEPT, 0)}
     for callback in run.callbacks:
         for name, size in callback.memory_bytes().items():
             memory[name] = memory.get(name, 0) + size
@@ -76,7 +77,8 @@ def end_task(run: Run, task: Any) -> None:
         scores = evaluate(run.model, run.data, run.config.eval_batch_size)
         if run.config.nme:
             exemplars = run.data.stored(task_index + 1, run.config)
-            history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
+            coded = run.data.coded(exemplars, run.config)
+            history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size, coded))
     refuse_nonfinite(run, sum(scores.error), "the quantization error on test images")
     for name, row in (
         ("top1", scores.top1),
@@ -173,7 +175,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "arithmetic": {"training": arithmetic(run.config, run.device), "evaluation": "float32"},
         "warnings": run.log.warnings,
         "skipped_steps": history.get("skipped", {}).get("steps", 0),
-        "versions": versions(),
+        "versions": versions() | codec.versions(run.config.replay_codec),
     }
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.checkpointing.async_writer import Writer
+from lifequant.common.errors import UserError
 from lifequant.config import Config
+from lifequant.data import codec
 from lifequant.data.dataset import DataSet, data_key
 from lifequant.data.task import Batch, Task
 from lifequant.methods.base import LifelongMethod, TrainingHooks
@@ -151,12 +153,18 @@ class Run:
             "best": self.best,
             "history": self.history,
             "warnings": self.log.warnings,
+            "codec": codec.versions(self.config.replay_codec),
             "compiled": self.compiled,
             "processes": distributed.world_size(),
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Take over what ``state`` gave; ``path`` is where it comes from. Raises UserError where it does not fit."""
+        if (theirs := state.get("codec", {})) != (ours := codec.versions(self.config.replay_codec)):
+            raise UserError(
+                f"{path}: its replay images were coded by {_listed(theirs)}, here is {_listed(ours)}: their pixels may differ; "
+                "install that version, or begin anew"
+            )
         checkpoint.load_strictly(path, self.model, state["model"])
         with checkpoint.fitting(path, "content"):
             self.task_index, self.step, self.best = state["task_index"], state["step"], state["best"]
@@ -178,3 +186,7 @@ class Run:
         if self.task_index or self.step:
             with torch.no_grad():
                 self.penalty.penalty(self.model)  # what doesn't fit fails here, and not in mid-training
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "no codec"
