@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lifequant import presets, registry
-from lifequant.common.arguments import boolean, int_at_least, part_of_batch, quality, rate, real, share
+from lifequant.common.arguments import boolean, int_at_least, part_of_batch, quality, rate, real, share, size
 from lifequant.losses import LOSSES
 from lifequant.quantizers.base import BIT_WIDTHS
 
@@ -129,6 +129,8 @@ class Config:
     )
     replay_batch: float | None = flag(None, DATA, "share of each batch that is stored images; 0 shuffles new and stored ones as one pool (default: the method's)", type=part_of_batch, metavar="SHARE")  # fmt: skip
 
+    replay_selection: str = flag("random", DATA, "which images of a class are stored: at random, by iCaRL's herding, or rather those of high loss", choices=["random", "herding", "loss"])  # fmt: skip
+    memory_budget: int | None = flag(None, DATA, "bytes of all that is kept between tasks, like 1MB; replay images take what the rest leaves", type=size, metavar="BYTES")  # fmt: skip
     replay_codec: str = flag("raw", DATA, "how replay images are stored", choices=["raw", "webp", "jpeg", "bits4"])
     replay_quality: int | None = flag(None, DATA, "quality of webp and jpeg, 1 to 100 (default: 50)", type=quality, metavar="Q")  # fmt: skip
     replay_code_new: bool | None = switch(None, DATA, "train on new images as the codec gives them back, too, so that coding does not tell which are stored (default: True with a codec)")  # fmt: skip

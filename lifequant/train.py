@@ -35,6 +35,8 @@ from lifequant.training import history, initialize, progress, schedule
 from lifequant.training.compiling import compile_step, keep_in_place
 from lifequant.training.divergence import skip_step, stop_at_last_checkpoint
 from lifequant.training.ema import MovingAverage
+from lifequant.training.memory import left_for_images
+from lifequant.training.replay_store import choose
 from lifequant.training.run import Run
 from lifequant.training.task_end import end_epoch, finish_training
 
@@ -162,6 +164,8 @@ def begin_task(run: Run, task: Task) -> None:
         run.oscillations.begin_task(run.model)
     if run.ema:
         run.ema = MovingAverage(run.model, run.config.ema)
+    if run.config.memory_budget is not None:
+        left_for_images(run, task)  # refuses what exceeds the budget before a step is trained
 
 
 def end_task(run: Run, task: Task) -> None:
@@ -169,6 +173,7 @@ def end_task(run: Run, task: Task) -> None:
     with run.timer.part("method", "method"):
         for callback in run.callbacks:
             callback.end_task(run.model, task)
+        choose(run, task)
     distributed.check_agreement(run.model)
 
 

@@ -88,8 +88,11 @@ def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
         ("--replay_codec webp --replay_quality 101", ["--replay_quality", "from 1 to 100"]),
         ("--replay_quality 30", ["--replay_quality has no meaning with --replay_codec raw"]),
         ("--replay_codec bits4 --replay_quality 30", ["--replay_quality has no meaning with --replay_codec bits4"]),
+        ("--method ewc --replay_selection herding", ["--replay_selection needs stored images"]),
+        ("--memory_budget 1XB", ["--memory_budget", "no number of bytes like 500kB"]),
+        ("--memory_budget 0", ["--memory_budget"]),
         ("--replay_code_new", ["--replay_code_new has no meaning"]),
-        ("--method ewc --replay_codec webp", ["ewc stores no images"]),
+        ("--method ewc --replay_codec webp", ["--replay_codec needs stored images, and ewc stores none"]),
         ("--method ewc --replay_batch 0.5", ["--replay_batch needs stored images", "ewc stores none", "--buffer_size"]),
         ("--num_tasks 0", ["--num_tasks"]),
     ],
@@ -186,6 +189,8 @@ def test_values_that_follow():
     shares = {name: options.make(method=name).replay_batch for name in ("replay", "derpp", "er_ace", "ours", "ewc")}
     assert shares == {"replay": 0.5, "derpp": 0.5, "er_ace": 0.5, "ours": 0, "ewc": 0}  # as their papers draw a batch
     assert options.make(method="replay", replay_rate=0).replay_batch == 0
+    sizes = {"1MB": 10**6, "0.5 kB": 500, "2GB": 2 * 10**9, "1MiB": 2**20, "77": 77, "77B": 77, "1k": 1000}
+    assert {text: options.make(memory_budget=text).memory_budget for text in sizes} == sizes
     for codec, quality, coded in (("raw", None, False), ("webp", 50, True), ("jpeg", 50, True), ("bits4", None, True)):
         config = options.make(replay_codec=codec)
         assert (config.replay_quality, config.replay_code_new) == (quality, coded)
@@ -215,7 +220,7 @@ def test_inert_flags_say_so_once():
 
 FLAGS = {
     "data": """csv_dir dataset data_dir cache_dir cache num_tasks task_id num_classes image_size augment crop_scale lt_gamma imbalance_ratio
-        val_fraction replay_rate buffer_size replay_batch replay_codec replay_quality replay_code_new""",
+        val_fraction replay_rate buffer_size replay_batch replay_selection memory_budget replay_codec replay_quality replay_code_new""",
     "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda distill
         distill_temperature ema head_epochs nme""",
     "model and quantizer": """arch target_model source_model shortcut quantizer act_quantizer bitW abitW first_last_bits

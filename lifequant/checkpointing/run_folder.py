@@ -196,6 +196,8 @@ _LATER = {
     "replay_rate",
     "buffer_size",
     "replay_batch",
+    "replay_selection",
+    "memory_budget",
     "distill",
     "distill_temperature",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -130,6 +131,15 @@ def share(text: str) -> float:
 def rate(text: str) -> float:
     """A share, or 0 for none."""
     return 0.0 if text.strip() in ("0", "0.0") else share(text)
+
+
+def size(text: str) -> int:
+    """Bytes: ``1MB`` is a million, ``1MiB`` 2^20; without a unit, bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMG])(i?))?B?", text.strip())
+    value = round(float(found[1]) * (1024 if found[3] else 1000) ** " kMG".index(found[2] or " ")) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes like 500kB, 1MB or 1000000")
+    return value
 
 
 def quality(text: str) -> int:

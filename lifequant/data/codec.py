@@ -103,7 +103,7 @@ class CodedImages:
         coded = (self.rows[place] == rows)[:, None, None, None]
         return torch.where(coded, self.pixels[place], batch)
 
-    def nbytes(self, rows: Tensor) -> int:
-        """Bytes of these rows, which are coded ones."""
+    def sizes_of(self, rows: Tensor) -> list[int]:
+        """Bytes of each of these rows, which are coded ones."""
         self.code()
-        return int(self.sizes[torch.searchsorted(self.rows, rows).cpu()].sum())
+        return self.sizes[torch.searchsorted(self.rows, rows).cpu()].tolist()

@@ -18,8 +18,9 @@ def read_replay_csvs(
     present = task_numbers(folder, prefix, "replay")
     if config.replay_rate == 0 or not set(ids) <= set(present):
         return None
-    if config.buffer_size is not None or config.replay_rate is not None:
-        say(f"the replay CSVs in {folder} are not used: --replay_rate or --buffer_size says what is stored")
+    flags = ("replay_rate", "buffer_size", "replay_selection", "memory_budget")
+    if others := [f"--{name}" for name in flags if getattr(config, name) not in (None, "random")]:
+        say(f"the replay CSVs in {folder} are not used: {' and '.join(others)} says what is stored")
         return None
     replay = []
     for task in ids:

@@ -61,6 +61,10 @@ class TrainingHooks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
 
+    def bytes_per_image(self, num_classes: int) -> int:
+        """Bytes of ``memory_bytes``, there under ``logits``, that each stored image brings with it."""
+        return 0
+
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that are kept between tasks beside the model and the replay images, under any names.
 

@@ -26,10 +26,10 @@ from lifequant.runtime.device import arithmetic
 from lifequant.training import progress
 from lifequant.training.divergence import refuse_nonfinite, stop_at_last_checkpoint
 from lifequant.training.history import means
+from lifequant.training.memory import memory_bytes
 from lifequant.training.run import Run
 
 SCHEMA = 1
-KEPT = ("importance", "reference", "logits", "average", "oscillation")
 CODE_IMAGES = 256  # training images over which activation codes are counted
 
 
@@ -46,22 +46,6 @@ def read_window(run: Run, task: Any, bar: Any, lr: float) -> None:
     speed = run.timer.images_per_second()
     curves.add_training(run, values, lr, speed)
     progress.show(run, task, bar, values)
-
-
-def memory_bytes(run: Run, task: Any) -> dict[str, int]:
-    """{name: bytes} of all that is kept beside the packed model.
-
-    These are replay images, what the method and the penalty keep, the moving average, and the counts of oscillations.
-    """
-    memory = {"replay": task.replay_bytes(), **dict.fromkeys(KEPT, 0)}
-    for callback in run.callbacks:
-        for name, size in callback.memory_bytes().items():
-            memory[name] = memory.get(name, 0) + size
-    memory["average"] = run.ema.nbytes() if run.ema else 0
-    memory["oscillation"] = run.oscillations.memory_bytes() if run.oscillations else 0
-    if run.teacher is not None:
-        memory["reference"] += packed_model_bytes(run.model)
-    return memory
 
 
 def count_codes(run: Run, task: Any) -> dict[str, CodeCounts]:

@@ -13,6 +13,7 @@ from lifequant.config import Config
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.qat.calibration import calibrate_network
 from lifequant.runtime import distributed
+from lifequant.training.replay_store import choose
 from lifequant.training.run import Run
 
 CALIBRATION_IMAGES = 256
@@ -53,6 +54,9 @@ def prepare(run: Run) -> None:
             state["penalty"] = None if run.penalty is run.method else run.penalty.state_dict()
         checkpoint.refuse_other_run(state, run.data_key, distributed.world_size(), path)
         run.load(state, path)
+        if config.start_task == 1:  # the two runs may differ in what they store
+            run.data.chosen.clear()
+            choose(run, data.task(0, config, run.method.joint))
         run.log.say(f"begun at task {data.ids[run.task_index]} with the state of {config.from_run}")
 
 

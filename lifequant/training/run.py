@@ -153,6 +153,7 @@ class Run:
             "best": self.best,
             "history": self.history,
             "warnings": self.log.warnings,
+            "stored": [torch.tensor(rows, dtype=torch.int32) for rows in self.data.chosen],
             "codec": codec.versions(self.config.replay_codec),
             "compiled": self.compiled,
             "processes": distributed.world_size(),
@@ -172,6 +173,10 @@ class Run:
             self.sums.copy_(state["sums"])
             self.epoch_sums.copy_(state["epoch_sums"])
             self.scales.limited_updates.copy_(state["limited_updates"])
+            self.data.chosen = (
+                [rows.tolist() for rows in state.get("stored", [])] if self.data.chooses(self.config) else []
+            )
+        self.task_sizes = self.data.task_sizes(self.config, self.method.joint)
         self.timer = Timer(self.history, self.timer.since)
         if self.step or state["optimizer"]:
             with checkpoint.fitting(path, "optimizer's state"):
