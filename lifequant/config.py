@@ -128,7 +128,6 @@ class Config:
         None, DATA, "number of replay images in all, instead of --replay_rate", type=int_at_least(1)
     )
     replay_batch: float | None = flag(None, DATA, "share of each batch that is stored images; 0 shuffles new and stored ones as one pool (default: the method's)", type=part_of_batch, metavar="SHARE")  # fmt: skip
-
     replay_selection: str = flag("random", DATA, "which images of a class are stored: at random, by iCaRL's herding, or rather those of high loss", choices=["random", "herding", "loss"])  # fmt: skip
     memory_budget: int | None = flag(None, DATA, "bytes of all that is kept between tasks, like 1MB; replay images take what the rest leaves", type=size, metavar="BYTES")  # fmt: skip
     replay_codec: str = flag("raw", DATA, "how replay images are stored", choices=["raw", "webp", "jpeg", "bits4"])
