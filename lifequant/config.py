@@ -152,6 +152,7 @@ class Config:
     ll_lambda: float | None = flag(
         None, METHOD, "strength of the penalty (default: the penalty's own)", "--lambda", type=real(0)
     )
+    importance_bits: int = flag(32, METHOD, "bits in which importances, and a method's anchors, are kept: float32, float16 or 8-bit codes", type=int, choices=[32, 16, 8])  # fmt: skip
     distill: float = flag(
         0.0, METHOD, "weight of the distillation from the former task's quantized model", type=real(0)
     )

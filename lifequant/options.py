@@ -179,6 +179,11 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
         given.setdefault("replay_rate", 0.0)
     if given.get("buffer_size") is not None and given.get("replay_rate") is not None:
         raise UserError("--buffer_size and --replay_rate both say how many images to store: leave one out")
+    keeping = registry.method(given["method"]) if given["penalty"] == "none" else registry.penalty(given["penalty"])
+    if given.get("importance_bits", 32) != 32 and not keeping.keeps_importances:
+        raise UserError(
+            f"--importance_bits: {given['method']} with the penalty {given['penalty']} keeps no importances"
+        )
     stores = given.get("replay_rate") != 0 or given.get("buffer_size") is not None
     for name in ("nme", "replay_batch", "replay_selection", "replay_codec"):
         if given.get(name) not in (None, False, 0, "random", "raw") and not stores:

@@ -90,6 +90,8 @@ def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
         ("--replay_codec bits4 --replay_quality 30", ["--replay_quality has no meaning with --replay_codec bits4"]),
         ("--method ewc --replay_selection herding", ["--replay_selection needs stored images"]),
         ("--memory_budget 1XB", ["--memory_budget", "no number of bytes like 500kB"]),
+        ("--importance_bits 4", ["--importance_bits"]),
+        ("--method replay --importance_bits 8", ["--importance_bits: replay", "keeps no importances"]),
         ("--memory_budget 0", ["--memory_budget"]),
         ("--replay_code_new", ["--replay_code_new has no meaning"]),
         ("--method ewc --replay_codec webp", ["--replay_codec needs stored images, and ewc stores none"]),
@@ -221,7 +223,7 @@ def test_inert_flags_say_so_once():
 FLAGS = {
     "data": """csv_dir dataset data_dir cache_dir cache num_tasks task_id num_classes image_size augment crop_scale lt_gamma imbalance_ratio
         val_fraction replay_rate buffer_size replay_batch replay_selection memory_budget replay_codec replay_quality replay_code_new""",
-    "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda distill
+    "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda importance_bits distill
         distill_temperature ema head_epochs nme""",
     "model and quantizer": """arch target_model source_model shortcut quantizer act_quantizer bitW abitW first_last_bits
         layer_bits per_channel bit_schedule bn_reestimate track_oscillations freeze_oscillating pretrained source_dir

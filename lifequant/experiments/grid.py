@@ -92,7 +92,7 @@ class Run:
 
 
 # Settings that came later: at these values a run keeps the key that it had before them.
-ADDED = {"optimizer": "sgd", "tf32": True, "replay_batch": 0.0, "replay_selection": "random", "memory_budget": None,
+ADDED = {"optimizer": "sgd", "tf32": True, "replay_batch": 0.0, "replay_selection": "random", "memory_budget": None, "importance_bits": 32,
          "replay_codec": "raw", "replay_quality": None, "replay_code_new": False}  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class TrainingHooks:
     name = ""
     help = ""
     has_penalty = False  # ``penalty`` or ``output_penalty`` may hold a new task down
+    keeps_importances = False  # of weights, which ``--importance_bits`` rounds
     batch_separable = True  # the losses are means over images, so that several processes may share a batch
     compilable: tuple[str, ...] = ()  # own functions of tensors alone, which are compiled on a GPU where the step is
 
