@@ -183,6 +183,8 @@ def train_all(run: Run) -> None:
     while run.task_index < run.num_tasks:
         with run.timer.within("data"):
             task = run.data.task(run.task_index, run.config, run.method.joint)
+            if task.coded:
+                task.coded.code()
         task.warn = run.log.warn
         if run.step == 0:
             begin_task(run, task)

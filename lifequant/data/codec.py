@@ -67,7 +67,7 @@ def label_bytes(num_classes: int) -> int:
 
 
 class CodedImages:
-    """The pixels of some rows as their codec gives them back. They are coded when they are first asked for, then kept."""
+    """The pixels of some rows as their codec gives them back. They are coded by ``code``, or when first asked for, then kept."""
 
     def __init__(self, images: Tensor, rows: Tensor, codec: str, quality: int | None) -> None:
         """``images``: the store, uint8 [N, 3, H, W]; ``rows``: int64 [M], ascending, on the device that trains."""
