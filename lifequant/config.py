@@ -9,7 +9,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lifequant import presets, registry
-from lifequant.common.arguments import boolean, int_at_least, real, share
+from lifequant.common.arguments import (
+    below_one,
+    boolean,
+    epochs_list,
+    int_at_least,
+    part_of_batch,
+    quality,
+    rate,
+    real,
+    share,
+    size,
+)
 from lifequant.losses import LOSSES
 from lifequant.quantizers.base import BIT_WIDTHS
 
@@ -29,11 +40,6 @@ def flag(
 def switch(default: bool | None, group: str, help: str, **kwargs: Any) -> Any:
     """A true boolean: ``--flag``, ``--flag True``, ``--flag False``."""
     return flag(default, group, help, type=boolean, nargs="?", const=True, metavar="BOOL", **kwargs)
-
-
-def epochs_list(text: str) -> list[int]:
-    """``10,20`` -> [10, 20]."""
-    return [int_at_least(1)(part) for part in text.split(",") if part]
 
 
 def bit_width(text: str) -> int:
@@ -72,19 +78,6 @@ def layer_bits(text: str) -> str:
                 f"{part!r} is not PATTERN=BITS or PATTERN=WEIGHT_BITS/ACTIVATION_BITS (known: {_listed(BIT_WIDTHS)})"
             )
     return text
-
-
-def below_one(text: str) -> float:
-    """A number in [0, 1)."""
-    value = real(0)(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
-    return value
-
-
-def rate(text: str) -> float:
-    """A share, or 0 for none."""
-    return 0.0 if text.strip() in ("0", "0.0") else share(text)
 
 
 DATA, METHOD, QUANT, TRAIN, RUN = "data", "method and its parts", "model and quantizer", "training", "run"
@@ -136,6 +129,12 @@ class Config:
     buffer_size: int | None = flag(
         None, DATA, "number of replay images in all, instead of --replay_rate", type=int_at_least(1)
     )
+    replay_batch: float | None = flag(None, DATA, "share of each batch that is stored images; 0 shuffles new and stored ones as one pool (default: the method's)", type=part_of_batch, metavar="SHARE")  # fmt: skip
+    replay_selection: str = flag("random", DATA, "which images of a class are stored: at random, by iCaRL's herding, or rather those of high loss", choices=["random", "herding", "loss"])  # fmt: skip
+    memory_budget: int | None = flag(None, DATA, "bytes of all that is kept between tasks, like 1MB; replay images take what the rest leaves", type=size, metavar="BYTES")  # fmt: skip
+    replay_codec: str = flag("raw", DATA, "how replay images are stored", choices=["raw", "webp", "jpeg", "bits4"])
+    replay_quality: int | None = flag(None, DATA, "quality of webp and jpeg, 1 to 100 (default: 50)", type=quality, metavar="Q")  # fmt: skip
+    replay_code_new: bool | None = switch(None, DATA, "train on new images as the codec gives them back, too, so that coding does not tell which are stored (default: True with a codec)")  # fmt: skip
 
     method: str = flag(
         "ours", METHOD, "lifelong method; life_q means the quantizer proxq with the method of --ll_method"
@@ -155,6 +154,7 @@ class Config:
     ll_lambda: float | None = flag(
         None, METHOD, "strength of the penalty (default: the penalty's own)", "--lambda", type=real(0)
     )
+    importance_bits: int = flag(32, METHOD, "bits in which importances, and a method's anchors, are kept: float32, float16 or 8-bit codes", type=int, choices=[32, 16, 8])  # fmt: skip
     distill: float = flag(
         0.0, METHOD, "weight of the distillation from the former task's quantized model", type=real(0)
     )
@@ -224,7 +224,7 @@ class Config:
     )
 
     num_epochs: int = flag(50, TRAIN, "number of epochs for each task", type=int_at_least(1))
-    train_batch_size: int = flag(128, TRAIN, "images in a training step", type=int_at_least(2))
+    train_batch_size: int = flag(128, TRAIN, "images in a training step, stored ones included", type=int_at_least(2))
     eval_batch_size: int = flag(100, TRAIN, "images in a batch of the evaluation", type=int_at_least(1))
     lr: float = flag(0.04, TRAIN, "highest learning rate", type=real(above=0))
     step_lr: float = flag(0.1, TRAIN, "learning rate of the quantizers' scales, as a share of --lr", type=real(0))

@@ -196,9 +196,10 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
         given.setdefault("replay_rate", 0.0)
     if given.get("buffer_size") is not None and given.get("replay_rate") is not None:
         raise UserError("--buffer_size and --replay_rate both say how many images to store: leave one out")
-    if given.get("nme") and given.get("replay_rate") == 0 and given.get("buffer_size") is None:
+    keeping = registry.method(given["method"]) if given["penalty"] == "none" else registry.penalty(given["penalty"])
+    if given.get("importance_bits", 32) != 32 and not keeping.keeps_importances:
         raise UserError(
-            f"--nme needs stored images, and {given['method']} stores none: give --replay_rate or --buffer_size"
+            f"--importance_bits: {given['method']} with the penalty {given['penalty']} keeps no importances"
         )
     if given.get("augment") == "reference":
         given.setdefault("crop_scale", REFERENCE_CROP_SCALE)
@@ -206,6 +207,23 @@ def resolve(given: dict[str, Any], options: dict[str, Any], notes: list[str]) ->
             raise UserError(
                 "--cache mmap: its file has images of one size, and --augment reference takes parts of whole photographs: use encoded or auto"
             )
+    stores = given.get("replay_rate") != 0 or given.get("buffer_size") is not None
+    for name in ("nme", "replay_batch", "replay_selection", "replay_codec"):
+        if given.get(name) not in (None, False, 0, "random", "raw") and not stores:
+            raise UserError(
+                f"--{name} needs stored images, and {given['method']} stores none: give --replay_rate or --buffer_size"
+            )
+    given.setdefault("replay_batch", defaults.get("replay_batch", 0.0) if stores else 0.0)
+    codec = given.setdefault("replay_codec", "raw")
+    for name in ("replay_quality", "replay_code_new"):
+        if given.get(name) and (codec == "raw" or (name == "replay_quality" and codec == "bits4")):
+            raise UserError(f"--{name} has no meaning with --replay_codec {codec}: leave it out, or name webp or jpeg")
+    if codec != "raw" and given.get("augment") == "reference":
+        raise UserError(
+            f"--replay_codec {codec} codes images of one size, and --augment reference takes parts of whole photographs"
+        )
+    given.setdefault("replay_quality", 50 if codec in ("webp", "jpeg") else None)
+    given.setdefault("replay_code_new", codec != "raw")
     given["ll_method"] = given["method"]
     given["target_model"] = given.get("target_model", "resnet20").removesuffix("_quant")
     _check_network(given)

@@ -23,7 +23,7 @@ from lifequant.common.seeding import generator
 from lifequant.common.text import duration
 from lifequant.config import Config
 from lifequant.data.dataset import load_dataset
-from lifequant.data.replay import epoch_order
+from lifequant.data.replay import epoch_of
 from lifequant.data.task import Batch, Epoch, Task
 from lifequant.losses import distillation
 from lifequant.models.build import check_model
@@ -36,6 +36,8 @@ from lifequant.training import history, initialize, progress, schedule
 from lifequant.training.compiling import compile_step, keep_in_place
 from lifequant.training.divergence import skip_step, stop_at_last_checkpoint
 from lifequant.training.ema import MovingAverage
+from lifequant.training.memory import left_for_images
+from lifequant.training.replay_store import choose
 from lifequant.training.run import Run
 from lifequant.training.task_end import end_epoch, finish_training
 
@@ -95,27 +97,27 @@ def training_step(run: Run, batch: Batch, factor: float) -> Tensor:
 
 
 def draws(
-    run: Run, task: Task, size: int, steps_per_epoch: int, steps: int
+    run: Run, task: Task, parts: tuple[int, int], steps_per_epoch: int, steps: int
 ) -> Iterator[tuple[Epoch, int, torch.Generator]]:
-    """What decides each batch of ``size`` images from step ``run.step`` on: its epoch, its place there, its augmentation's
+    """What decides each batch of ``parts`` = (new, stored) images from step ``run.step`` on: its epoch, its place there, its augmentation's
     generator."""
     seed, batches = run.config.seed, None
     for step in range(run.step, steps):
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or batches is None:
             noise = generator(seed, "order", task.task_index, epoch)
-            batches = task.epoch(epoch_order(task.labels[task.pool], task.counts, run.config.sampler, noise), size)
+            batches = epoch_of(task, parts, run.config.sampler, noise)
         yield batches, index, generator(seed, "augment", task.task_index, step)
 
 
 def train_task(run: Run, task: Task) -> None:
     """Train on one task, from ``run.step`` steps on."""
     config = run.config
-    size = schedule.batch_size(config, len(task.pool))
-    steps_per_epoch = schedule.steps_per_epoch(config, len(task.pool))
+    parts = schedule.batch_parts(config, *run.task_sizes[run.task_index])
+    steps_per_epoch = schedule.steps_per_epoch(config, *run.task_sizes[run.task_index])
     steps = config.num_epochs * steps_per_epoch
     run.reading_interval = schedule.reading_interval(config, steps, run.device.type)
-    batches = task.training_batches(draws(run, task, size, steps_per_epoch, steps))
+    batches = task.training_batches(draws(run, task, parts, steps_per_epoch, steps))
     if run.compiled and run.device.type == "cuda":
         keep_in_place(run)
     run.timer.begin_task()
@@ -136,7 +138,7 @@ def train_task(run: Run, task: Task) -> None:
             run.epoch_sums.zero_()
         run.epoch_sums += sums  # in place: a CUDA graph takes ``sums`` back at its next step
         run.step += 1
-        run.timer.step(size)
+        run.timer.step(sum(parts))
         run.timer.switch("logging")
         bar.update()
         if run.step % run.reading_interval == 0 or run.step == steps:
@@ -177,6 +179,8 @@ def begin_task(run: Run, task: Task) -> None:
         run.oscillations.begin_task(run.model)
     if run.ema:
         run.ema = MovingAverage(run.model, run.config.ema)
+    if run.config.memory_budget is not None:
+        left_for_images(run, task)  # refuses what exceeds the budget before a step is trained
 
 
 def end_task(run: Run, task: Task) -> None:
@@ -184,6 +188,7 @@ def end_task(run: Run, task: Task) -> None:
     with run.timer.part("method", "method"):
         for callback in run.callbacks:
             callback.end_task(run.model, task)
+        choose(run, task)
     distributed.check_agreement(run.model)
 
 
@@ -193,6 +198,8 @@ def train_all(run: Run) -> None:
     while run.task_index < run.num_tasks:
         with run.timer.within("data"):
             task = run.data.task(run.task_index, run.config, run.method.joint)
+            if task.coded:
+                task.coded.code()
         task.warn = run.log.warn
         if run.step == 0:
             begin_task(run, task)

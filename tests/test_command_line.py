@@ -17,7 +17,7 @@ from support.tiny import SIDE, Tiny, arguments, settings, train, write_csvs
 import lifequant
 from lifequant import options
 from lifequant.__main__ import train as command
-from lifequant.checkpointing import checkpoint
+from lifequant.checkpointing import checkpoint, source
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.data import dataset, image_root
@@ -152,7 +152,7 @@ def test_sources(tiny, finished, tmp_path, capsys):
         flags = {"source_dir": tmp_path, "source_file": f"source/{named}"}
         config = options.make(**settings(tiny, tmp_path / "unused", **flags))
         model = build(config, 6)
-        assert checkpoint.load_source(checkpoint.find_model(folder / named), config, model, 6)
+        assert source.load_source(checkpoint.find_model(folder / named), config, model, 6)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
         (folder / here).unlink()
     shutil.copy(finished / "model_best.pt", folder)

@@ -193,13 +193,20 @@ def test_resume_at_any_moment(moment, tiny, whole, tmp_path, monkeypatch):
 ALL_PARTS = {
     "distill": 1, "ema": 0.9, "head_epochs": 1, "nme": True, "bn_reestimate": 2, "freeze_oscillating": 0.004,
     "act_quantizer": "lsqplus", "layer_bits": "layer3.*=3/2,fc=6", "per_channel": True,
+    "memory_budget": "8MB", "replay_selection": "loss", "replay_codec": "webp",
 }  # fmt: skip
 
 
 WITH_PENALTY = {
     "proxq_function": ALL_PARTS,
     "proxq_step": {"val_fraction": 0.25, "ema": 0.9, "optimizer": "adamw"},
-    "proxq_published": {"buffer_size": 8, "warmup_epochs": 1, "lr": 0.005, "optimizer": "adam"},
+    "proxq_published": {
+        "buffer_size": 8,
+        "replay_selection": "herding",
+        "warmup_epochs": 1,
+        "lr": 0.005,
+        "optimizer": "adam",
+    },
 }
 
 

@@ -91,6 +91,18 @@ def test_method_and_quantizer(typed, method, quantizer, loss, sampler):
         ("--proxq_c -1", ["--proxq_c"]),
         ("--ll_lambda nan", ["--ll_lambda"]),
         ("--replay_rate 120", ["--replay_rate"]),
+        ("--replay_batch 1", ["--replay_batch", "a share below 1"]),
+        ("--replay_codec webp --replay_quality 101", ["--replay_quality", "from 1 to 100"]),
+        ("--replay_quality 30", ["--replay_quality has no meaning with --replay_codec raw"]),
+        ("--replay_codec bits4 --replay_quality 30", ["--replay_quality has no meaning with --replay_codec bits4"]),
+        ("--method ewc --replay_selection herding", ["--replay_selection needs stored images"]),
+        ("--memory_budget 1XB", ["--memory_budget", "no number of bytes like 500kB"]),
+        ("--importance_bits 4", ["--importance_bits"]),
+        ("--method replay --importance_bits 8", ["--importance_bits: replay", "keeps no importances"]),
+        ("--memory_budget 0", ["--memory_budget"]),
+        ("--replay_code_new", ["--replay_code_new has no meaning"]),
+        ("--method ewc --replay_codec webp", ["--replay_codec needs stored images, and ewc stores none"]),
+        ("--method ewc --replay_batch 0.5", ["--replay_batch needs stored images", "ewc stores none", "--buffer_size"]),
         ("--num_tasks 0", ["--num_tasks"]),
     ],
 )
@@ -183,6 +195,16 @@ def test_values_that_follow():
     assert options.make(layer_bits="layer3.*=8, fc=4/6").bits_of_layers() == {"layer3.*": (8, 8), "fc": (4, 6)}
     assert options.make(bit_schedule="32,8,2").bitW == 2
     assert options.make(method="original", replay_rate=0.5).replay_rate == 0.5  # replay for any method that is given it
+    shares = {name: options.make(method=name).replay_batch for name in ("replay", "derpp", "er_ace", "ours", "ewc")}
+    assert shares == {"replay": 0.5, "derpp": 0.5, "er_ace": 0.5, "ours": 0, "ewc": 0}  # as their papers draw a batch
+    assert options.make(method="replay", replay_rate=0).replay_batch == 0
+    sizes = {"1MB": 10**6, "0.5 kB": 500, "2GB": 2 * 10**9, "1MiB": 2**20, "77": 77, "77B": 77, "1k": 1000}
+    assert {text: options.make(memory_budget=text).memory_budget for text in sizes} == sizes
+    for codec, quality, coded in (("raw", None, False), ("webp", 50, True), ("jpeg", 50, True), ("bits4", None, True)):
+        config = options.make(replay_codec=codec)
+        assert (config.replay_quality, config.replay_code_new) == (quality, coded)
+    assert options.make(replay_codec="webp", replay_code_new=False).replay_code_new is False
+    assert options.make(method="ewc", buffer_size=5, replay_batch=25).replay_batch == 0.25
 
 
 def test_results_hold_no_paths():
@@ -207,8 +229,8 @@ def test_inert_flags_say_so_once():
 
 FLAGS = {
     "data": """csv_dir dataset data_dir cache_dir cache num_tasks task_id num_classes image_size augment crop_scale lt_gamma imbalance_ratio
-        val_fraction replay_rate buffer_size""",
-    "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda distill
+        val_fraction replay_rate buffer_size replay_batch replay_selection memory_budget replay_codec replay_quality replay_code_new""",
+    "method and its parts": """method ll_method preset balanced loss sampler penalty ll_lambda lambda importance_bits distill
         distill_temperature ema head_epochs nme""",
     "model and quantizer": """arch target_model source_model shortcut stem quantizer act_quantizer bitW abitW first_last_bits
         layer_bits per_channel bit_schedule bn_reestimate track_oscillations freeze_oscillating pretrained source_dir
@@ -255,10 +277,10 @@ def test_every_flag_is_explained():
 
 @pytest.mark.parametrize("bits", ["4", "2"])
 def test_preset_tuned_is_what_the_search_chose(bits):
-    """The flags of the best row; no part on top of it gained half a point."""
+    """The flags of the best row; no part on top of it gained half a point. The search had new and stored images in one pool."""
     file = Path(__file__).resolve().parents[1] / f"resnet-20-cifar-10/results/search_tuned_{bits}bit/found.json"
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert found["settings"] == presets.settings("tuned", int(bits))
+    assert found["settings"] | {"replay_batch": 0.0} == presets.settings("tuned", int(bits))
     scores = {json.dumps(row["flags"], sort_keys=True): row["score"] for row in found["tried"]}
     assert scores[json.dumps(found["settings"], sort_keys=True)] > max(scores.values()) - 0.5
     assert found["protocol"]["tasks"]["held_out"] and found["protocol"]["flags"]["bitW"] == int(bits)

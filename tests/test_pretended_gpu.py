@@ -45,9 +45,16 @@ CASES |= {
         "bn_reestimate": 2,
     },
     "epochs": {"val_fraction": 0.25, "num_epochs": 2, "eval_every": 1, "cache": "mmap", "on_nan": "stop", "ema": 0.9},
-    "amp": {"method": "replay", "amp": "bf16", "augment": "resized_crop", "buffer_size": 8},
     "encoded": {"method": "derpp", "cache": "encoded"},
     "photographs": {"method": "derpp", "augment": "reference", "nme": True},
+    "amp": {
+        "method": "replay",
+        "amp": "bf16",
+        "augment": "resized_crop",
+        "buffer_size": 8,
+        "replay_codec": "webp",
+        "replay_selection": "herding",
+    },
 }
 MAY_DIFFER = {"config", "history", "warnings"}  # the device; times; what the host said of them
 

@@ -44,7 +44,15 @@ def test_in_small(name, folders, tmp_path):
     runs = runs_of_grid(read_grid(presets.recipes()[name]), tmp_path, name, {})
     one = next(r for r in runs if r.flags["method"] == "ours" and r.flags["bitW"] == 4)
     write_tasks(one.tasks, 0, folders[name], one.csv_dir)
-    small = {"num_epochs": 1, "num_tasks": 2, "image_size": 32, "stem": None, "source_weights": None, "device": "cpu", "compile": "off"}
+    small = {
+        "num_epochs": 1,
+        "num_tasks": 2,
+        "image_size": 32,
+        "stem": None,
+        "source_weights": None,
+        "device": "cpu",
+        "compile": "off",
+    }
     if one.flags["target_model"].startswith("resnet"):
         small["stem"] = "imagenet"  # the small stem takes four times as long
     flags = one.flags | small | {"csv_dir": one.csv_dir, "data_dir": folders[name], "job_dir": tmp_path / "run"}

@@ -44,7 +44,9 @@ def test_list(capsys):
     """Every name is on a line of its own, with what it is behind it."""
     assert command(["--list"]) == 0
     out = capsys.readouterr().out.splitlines()
-    lines = [line.split(None, 1) for line in out if line and line[0] != " " and " " in line and not line.endswith("NAME):")]
+    lines = [
+        line.split(None, 1) for line in out if line and line[0] != " " and " " in line and not line.endswith("NAME):")
+    ]
     known = [name for kind in KINDS for name in registry.names(kind)] + presets.names() + list(presets.recipes())
     assert sorted(name for name, _ in lines) == sorted(known)
     assert all(len(text) > 10 for _, text in lines) and max(map(len, out)) <= 80

@@ -24,7 +24,7 @@ def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     noises: list[torch.Generator] = []
     orders: list[torch.Generator] = []
-    step, batch_of, order_of = training.training_step, Task.training_batch, training.epoch_order
+    step, batch_of, order_of = training.training_step, Task.training_batch, training.epoch_of
 
     def training_batch(task: Any, epoch: Any, index: int, noise: torch.Generator) -> Any:
         noises.append(noise)
@@ -32,9 +32,9 @@ def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
         seen.append({"task": task, "batch": batch, "noise": noise.initial_seed()})
         return batch
 
-    def epoch_order(labels: Any, counts: Any, sampler: str, generator: torch.Generator) -> Any:
+    def epoch_of(task: Any, parts: Any, sampler: str, generator: torch.Generator) -> Any:
         orders.append(generator)
-        return order_of(labels, counts, sampler, generator)
+        return order_of(task, parts, sampler, generator)
 
     def training_step(run: Any, batch: Any, factor: float) -> Any:
         before = [p.detach().clone() for p in run.model.parameters()]
@@ -55,7 +55,7 @@ def steps(tiny, tmp_path, monkeypatch) -> list[dict[str, Any]]:
         return sums
 
     monkeypatch.setattr(Task, "training_batch", training_batch)
-    for function in (epoch_order, training_step):
+    for function in (epoch_of, training_step):
         monkeypatch.setattr(training, function.__name__, function)
     train(tiny, tmp_path / "run", method="ours", quantizer="lsq", num_epochs=2, weight_decay=0.01, lr=0.02, step_lr=0.3)
     seen[0]["orders"] = [generator.initial_seed() for generator in orders]
@@ -75,7 +75,7 @@ def test_batches(steps):
 
 
 def test_an_epoch_has_each_image_once(tiny, tmp_path, monkeypatch):
-    """With the uniform sampler: batches of 8 of 36 images, the last filled up with four from the epoch's begin."""
+    """In one pool: batches of 8 of 36 images, the last filled up with four from the epoch's begin."""
     rows: list[list[int]] = []
     batch_of = Task.training_batch
 
@@ -85,7 +85,7 @@ def test_an_epoch_has_each_image_once(tiny, tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(Task, "training_batch", training_batch)
-    train(tiny, tmp_path / "run", method="replay")
+    train(tiny, tmp_path / "run", method="replay", replay_batch=0)
     first, epoch = ([row for batch in part for row in batch] for part in (rows[:4], rows[4:]))
     assert len(epoch) == 40 and len(set(epoch[:36])) == 36 and epoch[36:] == epoch[:4]
     assert len(first) == len(set(first)) == 32

@@ -19,7 +19,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import lifequant
 from lifequant import options
 from lifequant.__main__ import train as command
-from lifequant.checkpointing import checkpoint, float_weights
+from lifequant.checkpointing import checkpoint, float_weights, source
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.methods.importance import CHUNK, at_quantized_weights, per_sample
@@ -146,7 +146,7 @@ def test_weights_of_elsewhere(form, tmp_path):
         torch.save(theirs.state_dict(), tmp_path / form, _use_new_zipfile_serialization=False)
     else:
         torch.save(FORMS[form](theirs.state_dict()), tmp_path / form)
-    assert not checkpoint.is_ours(tmp_path / form)
+    assert not source.is_ours(tmp_path / form)
     config, said = options.make(target_model=SMALL, image_size=64), []
     tensors = float_weights.state_dict_in(float_weights.read(tmp_path / form), form)
     state = float_weights.load_float(form, tensors, config, 10, said.append)

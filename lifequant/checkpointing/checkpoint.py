@@ -248,44 +248,6 @@ def _quantizer_flags(settings: dict[str, Any], own: dict[str, Any]) -> dict[str,
     return found
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file is damaged or one of this package's checkpoints, and not another program's weights. Raises OSError."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            return path.suffix.lower() != ".safetensors" and file.read(2)[:1] != b"\x80"  # where a pickle begins
-    if not is_intact(path):
-        return True
-    try:
-        found = torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # it holds more than a checkpoint of ours does
-        return False
-    return isinstance(found, dict) and {"schema", "kind"} <= found.keys()
-
-
-def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) -> bool:
-    """Load a source model. True where its quantizers fit and were loaded with it; False where scales must be derived.
-
-    Raises UserError where architecture or class count differ.
-    """
-    state = read(path, "model")
-    source, names, _ = network_of(state, path)
-    weights = state["model"]
-    for name in ("target_model", "shortcut", "stem"):
-        if getattr(source, name) != getattr(config, name):
-            raise UserError(f"{path}: its {name} is {getattr(source, name)}, this run's is {getattr(config, name)}")
-    if len(names) != num_classes:
-        raise UserError(f"{path}: it has {len(names)} classes, the data set has {num_classes}")
-    quant = ("quantizer", "act_quantizer", "bitW", "abitW", "first_last_bits", "per_channel", "layer_bits")
-    if all(getattr(source, name) == getattr(config, name) for name in quant):
-        load_strictly(path, model, weights)
-        fits = True
-    else:
-        load_float(path, model, weights)
-        fits = False
-    refuse_nonfinite(path, model)
-    return fits
-
-
 def load_float(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
     """Load all but the quantizers' own entries. Raises UserError that names the first misfit."""
     load_strictly(path, model, {k: v for k, v in weights.items() if not _of_quantizer(k)}, partly=True)

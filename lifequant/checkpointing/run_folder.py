@@ -189,7 +189,18 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
 
 
 # Settings that matter only from task 1 on, and settings that data_key or another setting stands for.
-_LATER = {"method", "penalty", "ll_lambda", "replay_rate", "buffer_size", "distill", "distill_temperature"}
+_LATER = {
+    "method",
+    "penalty",
+    "ll_lambda",
+    "replay_rate",
+    "buffer_size",
+    "replay_batch",
+    "replay_selection",
+    "memory_budget",
+    "distill",
+    "distill_temperature",
+}
 _ELSEWHERE = {"dataset", "num_tasks", "task_id", "num_classes", "ll_method", "preset", "balanced", "arch", "start_task"}
 
 

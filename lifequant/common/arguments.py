@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -127,6 +128,35 @@ def share(text: str) -> float:
     return value / 100 if value > 1 else value
 
 
+def rate(text: str) -> float:
+    """A share, or 0 for none."""
+    return 0.0 if text.strip() in ("0", "0.0") else share(text)
+
+
+def size(text: str) -> int:
+    """Bytes: ``1MB`` is a million, ``1MiB`` 2^20; without a unit, bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMG])(i?))?B?", text.strip())
+    value = round(float(found[1]) * (1024 if found[3] else 1000) ** " kMG".index(found[2] or " ")) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes like 500kB, 1MB or 1000000")
+    return value
+
+
+def quality(text: str) -> int:
+    """A whole number from 1 to 100."""
+    value = int_at_least(1)(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
+    return value
+
+
+def part_of_batch(text: str) -> float:
+    """A share below 1, or 0 for none."""
+    if (value := rate(text)) == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} leaves no room for new images: give a share below 1")
+    return value
+
+
 def int_at_least(least: int) -> Callable[[str], int]:
     """The type of a whole number that is at least ``least``."""
 
@@ -160,3 +190,16 @@ def _float(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def epochs_list(text: str) -> list[int]:
+    """``10,20`` -> [10, 20]."""
+    return [int_at_least(1)(part) for part in text.split(",") if part]
+
+
+def below_one(text: str) -> float:
+    """A number in [0, 1)."""
+    value = real(0)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value

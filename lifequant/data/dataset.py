@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,16 @@ from lifequant.config import REPLAY_RATE, Config
 from lifequant.data import dataset_json
 from lifequant.data.ahead import load_batches
 from lifequant.data.augment import CIFAR, Statistics, augmentation, statistics_of
+from lifequant.data.codec import CodedImages, label_bytes
 from lifequant.data.image_root import checked_images, image_root
 from lifequant.data.image_stores import open_images
 from lifequant.data.photographs import EncodedImages
 from lifequant.data.replay import stored_rows
+from lifequant.data.replay_csv import read_replay_csvs
 from lifequant.data.same_images import Spellings, Tables
-from lifequant.data.split import long_tail, lowest, share_of_each
 from lifequant.data.task import Task
 from lifequant.data.task_csv import Rows, csv_name, leaves_root, prefixes, read_rows, task_numbers
+from lifequant.data.training_images import held_out_of, long_tail_of
 
 
 @dataclass
@@ -57,6 +58,9 @@ class DataSet:
     replay_csv: list[list[int]] | None  # rows in train to be stored of each task, where CSVs say so
     test_rows: list[list[int]]  # rows in test
     domains: list[str] | None = None  # the tasks' names, where each task is a domain
+    chosen: list[list[int]] = field(
+        default_factory=list
+    )  # rows stored after each task so far, where the run chooses them
     _stored: dict[tuple, list[list[int]]] = field(default_factory=dict)  # what was asked for, after each task
 
     @property
@@ -69,26 +73,44 @@ class DataSet:
         return sorted({*train, *self.test.labels[self.test_rows[task_index]].tolist()})
 
     def stored(self, tasks: int, config: Config) -> list[int]:
-        """Rows in train that are kept for replay after the first ``tasks`` tasks."""
+        """Rows in train that are kept for replay after the first ``tasks`` tasks.
+
+        Where the run chooses them at the end of each task, those of later tasks are a guess of how many there will be.
+        """
         if (config.replay_rate == 0 and config.buffer_size is None) or tasks == 0:
             return []
+        if tasks <= len(self.chosen):
+            return sorted(self.chosen[tasks - 1])
         if self.replay_csv is not None and config.buffer_size is None:
             return sorted(set().union(*self.replay_csv[:tasks]))
-        choice = (REPLAY_RATE if config.replay_rate is None else config.replay_rate, config.buffer_size, config.seed)
+        buffer = config.buffer_size
+        if config.memory_budget is not None:
+            room = config.memory_budget // self.train.images[0].nbytes
+            buffer = max(1, len(self.chosen[-1]) if self.chosen else min(room, buffer or room))
+        choice = (REPLAY_RATE if config.replay_rate is None else config.replay_rate, buffer, config.seed)
         if choice not in self._stored:
             labels = self.train.labels.tolist()
             self._stored[choice] = list(stored_rows(self.train.paths, labels, self.new_rows, *choice))
         return self._stored[choice][tasks - 1]
+
+    def chooses(self, config: Config) -> bool:
+        """Whether what is stored depends on the run, and not on the seed alone."""
+        stores = config.replay_rate != 0 or config.buffer_size is not None
+        return stores and (config.replay_selection != "random" or config.memory_budget is not None)
 
     def task(self, task_index: int, config: Config, joint: bool = False) -> Task:
         """What a method sees of the task; with ``joint`` all tasks are one."""
         new = sorted(set().union(*self.new_rows)) if joint else self.new_rows[task_index]
         past = [] if joint else self.new_rows[:task_index]
         stored = [] if joint else self.stored(task_index, config)
-        here, device = set(new), self.train.labels.device
+        here, rows = set(new), self._rows
+        coded = self.coded({*stored, *new} if config.replay_code_new else {*stored} - here, config)
 
-        def rows(values: Sequence[int]) -> Tensor:
-            return torch.tensor(sorted(values), dtype=torch.int64, device=device)
+        def replay_bytes() -> int:
+            if coded is None:
+                return len(stored) * self.train.images[0].nbytes
+            kept = coded if config.replay_code_new else self.coded(stored, config)
+            return sum(kept.sizes_of(rows(stored))) + len(stored) * label_bytes(self.num_classes)
 
         return Task(
             task_index=task_index,
@@ -104,12 +126,24 @@ class DataSet:
             buffer_count=len(stored),
             augment=augmentation(config),
             statistics=self.train.statistics,
+            coded=coded,
+            replay_bytes=replay_bytes,
+            replay_batch=config.replay_batch,
         )
 
-    def pool_sizes(self, config: Config, joint: bool = False) -> list[int]:
-        """How many images each task trains on, new and replayed ones."""
-        tasks = 1 if joint else len(self.ids)
-        return [len(self.task(task_index, config, joint).pool) for task_index in range(tasks)]
+    def coded(self, rows: Iterable[int], config: Config) -> CodedImages | None:
+        """These training images as the codec of the replay store gives them back; None for ``raw``."""
+        if config.replay_codec == "raw":
+            return None
+        return CodedImages(self.train.images, self._rows(rows), config.replay_codec, config.replay_quality)
+
+    def _rows(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(sorted(values), dtype=torch.int64, device=self.train.labels.device)
+
+    def task_sizes(self, config: Config, joint: bool = False) -> list[tuple[int, int]]:
+        """How many images each task trains on: (new, stored of former tasks)."""
+        found = (self.task(task_index, config, joint) for task_index in range(1 if joint else len(self.ids)))
+        return [(len(task.new_rows), len(task.replay)) for task in found]
 
 
 def load_dataset(config: Config, device: torch.device, say: Callable[[str], None]) -> DataSet:
@@ -144,14 +178,14 @@ def load_dataset(config: Config, device: torch.device, say: Callable[[str], None
     tests = {t: spellings.tables["test", t] for t in tests}
     label_of = {image: label for rows in spellings.tables.values() for image, label in rows}
 
-    kept = _long_tail(config, record, every, label_of, len(names), say)
-    held = _held_out(config, kept, label_of)
+    kept = long_tail_of(config, record, every, label_of, len(names), say)
+    held = held_out_of(config, kept, label_of)
     new = [[image for image, _ in every[t] if image in kept and image not in held] for t in ids]
     held_out = [[image for image, _ in every[t] if image in held] for t in ids]
     for t, images in zip(ids, new, strict=True):
         if not images:
             raise UserError(f"{folder / csv_name(prefix, 'train', t)}: no training image is left for task {t}")
-    replay = _replay_csv(config, folder, prefix, ids, every, spellings, say)
+    replay = read_replay_csvs(config, folder, prefix, ids, every, spellings, say)
     if replay is not None:
         replay = [[image for image in images if image in kept and image not in held] for images in replay]
 
@@ -227,57 +261,6 @@ def _check_labels(folder: Path, prefix: str, tables: Tables, names: list[str]) -
                 raise UserError(f"{file}: {short(image)} has the label {label}, elsewhere {label_of[image]}")
             if kind_of.setdefault(image, kind) != kind:
                 raise UserError(f"{file}: {short(image)} is in training and test CSVs both")
-
-
-def _long_tail(
-    config: Config, record: dict, every: dict[int, Rows], label_of: dict[str, int], num_classes: int, say
-) -> set[str]:
-    """The training images that --lt_gamma keeps, decided over the CSVs of all tasks, whichever of them run."""
-    images = sorted({image for rows in every.values() for image, _ in rows})
-    done = float(record.get("lt_gamma") or 1)
-    if config.lt_gamma == 1 or config.lt_gamma == done:
-        if done != 1 and config.lt_gamma == done:
-            say(f"--lt_gamma {done:g}: the task CSVs were made so; not thinned again")
-        return set(images)
-    if done != 1:
-        raise UserError(f"--lt_gamma {config.lt_gamma:g}: the task CSVs were made with {done:g}; leave the flag out")
-    labels = [label_of[image] for image in images]
-    kept = lowest(images, labels, long_tail(Counter(labels), num_classes, config.lt_gamma), config.seed, "long_tail")
-    say(f"--lt_gamma {config.lt_gamma:g}: {len(kept)} of {len(images)} training images are kept")
-    return {images[index] for index in kept}
-
-
-def _held_out(config: Config, kept: set[str], label_of: dict[str, int]) -> set[str]:
-    """--val_fraction of each class, never its last image; an image is held out in all tasks or in none."""
-    images = sorted(kept)
-    labels = [label_of[image] for image in images]
-    counts = Counter(labels)
-    share = {c: min(n, counts[c] - 1) for c, n in share_of_each(counts, config.val_fraction).items()}
-    return {images[index] for index in lowest(images, labels, share, config.seed, "validation")}
-
-
-def _replay_csv(
-    config: Config, folder: Path, prefix: str, ids: list[int], every: dict[int, Rows], spellings: Spellings, say
-) -> list[list[str]] | None:
-    """The images that the replay CSVs name; None where there are none, or where a flag asks for another sample."""
-    present = task_numbers(folder, prefix, "replay")
-    if config.replay_rate == 0 or not set(ids) <= set(present):
-        return None
-    if config.buffer_size is not None or config.replay_rate is not None:
-        say(f"the replay CSVs in {folder} are not used: --replay_rate or --buffer_size says what is stored")
-        return None
-    replay = []
-    for task in ids:
-        file = folder / csv_name(prefix, "replay", task)
-        own = dict(every[task])
-        for image, label in (rows := read_rows(file)):
-            if own.get(spellings.of(image)) != label:
-                raise UserError(
-                    f"{file}: {short(image)} is not in {csv_name(prefix, 'train', task)} with the label {label}"
-                )
-        replay.append(list(dict.fromkeys(spellings.of(image) for image, _ in rows)))
-    say(f"replay: the images that the replay CSVs in {folder} name")
-    return replay
 
 
 def data_key(data: DataSet) -> list[str]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lifequant.data.ahead import ahead, load_batches, pays
-from lifequant.data.augment import CIFAR, Statistics, crop_and_flip, load_batch, normalize
+from lifequant.data.augment import CIFAR, Statistics, crop_and_flip, normalize, ready
+from lifequant.data.codec import CodedImages
 from lifequant.data.image_storage import send, take
 from lifequant.data.photographs import EncodedImages, Photographs
 
@@ -35,6 +36,20 @@ class Epoch(NamedTuple):
     rows: Tensor  # int64 [batches, N]
 
 
+def batch_parts(size: int, share: float, new: int, stored: int, multiple: int = 1) -> tuple[int, int]:
+    """(new images, stored images beside them) in each batch of at most ``size`` images, of which ``share`` is stored.
+
+    ``new`` and ``stored``: images of the task. A batch has no stored image twice, and at least one new image. A share of 0
+    gives (images of the merged pool, 0). The sum is a multiple of ``multiple``.
+    """
+    beside = bool(share and stored)
+    most = new + (min(stored, max(1, round(new * share / (1 - share)))) if beside else stored)
+    size = min(size, most)
+    size = max(size - size % multiple, multiple)
+    drawn = min(max(1, round(share * size)), stored, size - 1) if beside else 0
+    return size - drawn, drawn
+
+
 @dataclass
 class Task:
     """What a method may know of a task: training and replay data, never test data."""
@@ -56,13 +71,24 @@ class Task:
     statistics: Statistics = CIFAR  # by which images are normalized
     csv_id: int | None = None  # the number in the CSV's name, which messages show; None: the index
     stable_rows: bool = True  # a row is the same image in every task, so that what is known of it can be kept by row
+    coded: CodedImages | None = None  # what went through the codec of ``--replay_codec``
+    replay_bytes: Callable[[], int] | None = None  # of the images in the replay store
+    replay_batch: float = 0.0  # share of each batch that is stored images; 0: new and stored ones are one pool
     pool: Tensor = field(init=False)  # int64, rows of what the task trains on: new, then replay
-    counts: Tensor = field(init=False)  # float32 [C], images of each class in the pool
+    counts: Tensor = field(init=False)  # float32 [C], images of each class that an epoch draws, before any sampler
+    epochs_of_replay: float = field(init=False)  # times that an epoch draws a stored image, on average; 1 for one pool
     old_classes: Tensor = field(init=False)  # bool [C], classes of former tasks
 
     def __post_init__(self) -> None:
         self.pool = torch.cat([self.new_rows, self.replay])
-        self.counts = torch.bincount(self.labels[self.pool], minlength=self.num_classes).float()
+        new, stored = len(self.new_rows), len(self.replay)
+        drawn, beside = batch_parts(self.batch_size, self.replay_batch, new, stored)
+        self.epochs_of_replay = beside / drawn * new / stored if beside else 1.0
+        of_new, of_stored = (
+            torch.bincount(self.labels[rows], minlength=self.num_classes).float()
+            for rows in (self.new_rows, self.replay)
+        )
+        self.counts = of_new + self.epochs_of_replay * of_stored
         self.old_classes = torch.bincount(self.labels[self.past_rows], minlength=self.num_classes) > 0
 
     @property
@@ -75,17 +101,23 @@ class Task:
         """The name in messages: "task 3" is the task of <data set>_train3.csv."""
         return f"task {self.task_index if self.csv_id is None else self.csv_id}"
 
-    def take(self, rows: Tensor) -> Tensor:
-        """These rows of the images, on the task's device."""
-        return take(self.images, rows, self.labels.device)
+    def take(self, rows: Tensor, image_rows: Tensor | None = None) -> Tensor:
+        """These rows of the images, as they come out of the codec if they are coded, on the task's device.
+
+        ``image_rows``: ``rows`` on the images' device, where they are there already.
+        """
+        found = take(self.images, rows if image_rows is None else image_rows, self.labels.device)
+        return self.coded.over(found, rows) if self.coded else found
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of these rows, not augmented."""
-        return load_batch(self.images, rows, self.labels.device, self.statistics), self.labels[rows]
+        return ready(self.take(rows), self.labels.device, self.statistics), self.labels[rows]
 
     def batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The ``batch`` of each ``size`` rows in turn, so that no more images are held at a time."""
         parts = rows.split(size)
+        if self.coded:
+            return map(self.batch, parts)
         x = load_batches(self.images, parts, self.labels.device, self.statistics)
         return ((batch, self.labels[part]) for batch, part in zip(x, parts, strict=True))
 
@@ -105,7 +137,7 @@ class Task:
     def training_batches(self, draws: Iterable[tuple[Epoch, int, torch.Generator]]) -> Iterator[Batch]:
         """The ``training_batch`` of each of ``draws`` in turn. Large images are made by threads, before they are asked for."""
         device = self.labels.device
-        if not pays(self.images, device):
+        if self.coded or not pays(self.images, device):
             yield from (self.training_batch(*draw) for draw in draws)
             return
         with closing(ahead(lambda draw: (*draw[:2], self._augmented(device, *draw)), draws)) as made:
@@ -117,10 +149,10 @@ class Task:
         rows = epoch.image_rows[index]
         if isinstance(self.images, Photographs):
             images = self.images.crops(rows, generator)
-        elif isinstance(self.images, EncodedImages):
+        elif isinstance(self.images, EncodedImages) and not self.coded:
             images = self.augment(self.images[rows], generator)
         else:
-            images = self.augment(self.take(rows), generator)
+            images = self.augment(self.take(epoch.rows[index], rows), generator)
         return normalize(images, self.statistics) if images.device == device else images
 
     def _batch(self, epoch: Epoch, index: int, x: Tensor) -> Batch:

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifequant.data.augment import ready
+from lifequant.data.codec import CodedImages
 from lifequant.data.dataset import DataSet, Store
+from lifequant.data.image_storage import take
 from lifequant.qat.modes import eval_mode
 
 
@@ -59,8 +62,14 @@ def nme_hits(features: Tensor, labels: Tensor, means: Tensor, present: Tensor) -
 
 
 @torch.inference_mode()
-def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], batch_size: int) -> list[float]:
-    """Percent on each task's test set, by the exemplars ``rows`` (training rows, at least one).
+def nme_accuracy(
+    model: nn.Module,
+    data: DataSet,
+    rows: Tensor | Sequence[int],
+    batch_size: int,
+    coded: CodedImages | None = None,
+) -> list[float]:
+    """Percent on each task's test set, by the exemplars ``rows`` (training rows, at least one), as ``coded`` has them.
 
     Each test image is passed once, however many tasks it belongs to. Raises ValueError for no exemplar.
     """
@@ -69,12 +78,18 @@ def nme_accuracy(model: nn.Module, data: DataSet, rows: Tensor | Sequence[int], 
     if not len(rows):
         raise ValueError("nearest mean of exemplars: there is no exemplar")
     labels = data.train.labels[rows]
-    means = class_means(_of_store(model, data.train, rows, batch_size), labels, data.num_classes)
+    means = class_means(_of_store(model, data.train, rows, batch_size, coded), labels, data.num_classes)
     present = torch.bincount(labels, minlength=data.num_classes) > 0
     every = torch.arange(len(data.test.labels), device=device)
     right = nme_hits(_of_store(model, data.test, every, batch_size), data.test.labels, means, present).double()
     return [100 * right[torch.tensor(task, device=device)].mean().item() for task in data.test_rows]
 
 
-def _of_store(model: nn.Module, store: Store, rows: Tensor, batch_size: int) -> Tensor:
-    return features(model, store.batches(rows.split(batch_size)))
+def _of_store(
+    model: nn.Module, store: Store, rows: Tensor, batch_size: int, coded: CodedImages | None = None
+) -> Tensor:
+    parts = rows.split(batch_size)
+    if coded is None:
+        return features(model, store.batches(parts))
+    taken = (coded.over(take(store.images, part, part.device), part) for part in parts)
+    return features(model, (ready(batch, batch.device, store.statistics) for batch in taken))

@@ -94,7 +94,8 @@ class Run:
 
 
 # Settings that came later: at these values a run keeps the key that it had before them.
-ADDED = {"optimizer": "sgd", "tf32": True, "stem": "auto", "source_weights": None}
+ADDED = {"optimizer": "sgd", "tf32": True, "stem": "auto", "source_weights": None, "replay_batch": 0.0, "replay_selection": "random",
+         "memory_budget": None, "importance_bits": 32, "replay_codec": "raw", "replay_quality": None, "replay_code_new": False}  # fmt: skip
 
 
 def digest(value: Any) -> str:

@@ -24,6 +24,7 @@ class TrainingHooks:
     name = ""
     help = ""
     has_penalty = False  # ``penalty`` or ``output_penalty`` may hold a new task down
+    keeps_importances = False  # of weights, which ``--importance_bits`` rounds
     batch_separable = True  # the losses are means over images, so that several processes may share a batch
     compilable: tuple[str, ...] = ()  # own functions of tensors alone, which are compiled on a GPU where the step is
 
@@ -61,6 +62,10 @@ class TrainingHooks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
 
+    def bytes_per_image(self, num_classes: int) -> int:
+        """Bytes of ``memory_bytes``, there under ``logits``, that each stored image brings with it."""
+        return 0
+
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that are kept between tasks beside the model and the replay images, under any names.
 
@@ -82,12 +87,13 @@ class LifelongMethod(TrainingHooks):
         "sampler": "uniform",
         "penalty": "none",
         "replay": False,
+        "replay_batch": 0.0,
     }
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.loss = LOSSES[config.loss]
-        self.counts: Tensor | None = None  # float32 [C], images of each class in the pool
+        self.counts: Tensor | None = None  # float32 [C], images of each class that an epoch draws
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         self.counts = sized_like(self.counts, task.counts)

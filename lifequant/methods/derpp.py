@@ -20,13 +20,14 @@ class DERpp(LifelongMethod):
     NeurIPS 2020, eq. 6).
 
     The label loss is that of the pool's mean, new and replay images alike, so that ``--loss`` and ``--sampler`` apply;
-    Buzzega et al. weigh the replay images' labels by beta in a batch of their own. Logits are computed at the end of the
-    task that an image belongs to (theirs, while it is trained on), in eval mode, of the image as it is.
+    Buzzega et al. draw two batches of stored images, one for the logits, and one for the labels with a weight beta. Here the
+    batch's stored images (``--replay_batch``) serve both. Logits are computed at the end of the task that an image belongs
+    to (theirs, while it is trained on), in eval mode, of the image as it is.
     """
 
     batch_separable = False  # the distance is a mean over the batch's replay images alone
     help = "dark experience replay ++: replay with stored logits (Buzzega et al., NeurIPS 2020)"
-    defaults = LifelongMethod.defaults | {"replay": True}
+    defaults = LifelongMethod.defaults | {"replay": True, "replay_batch": 0.5}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -53,6 +54,9 @@ class DERpp(LifelongMethod):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.stored.load_state_dict(state["stored"])
+
+    def bytes_per_image(self, num_classes: int) -> int:
+        return self.stored.bytes_per_image(num_classes)
 
     def memory_bytes(self) -> dict[str, int]:
         return {"logits": self.stored.nbytes()}

@@ -20,14 +20,15 @@ class ERACE(LifelongMethod):
 
     The paper's memory is filled as images come, so that it has the task's own images, too: without them nothing ever
     compares new classes with old ones, and the new ones are not learned. Here the store has former tasks alone; in its
-    place the first new images of each batch count as stored ones, as many as make a new class as frequent among those as
-    a replayed one is; all of them where no image is stored, so that task 0 is plain. The loss of the whole batch is one
-    mean, that of ``--loss`` on the masked logits; the paper adds two means.
+    place the first new images of each batch count as stored ones, at least one, and as many as make a new class as
+    frequent among those as a replayed one is; all of them where no image is stored, so that task 0 is plain. The loss of
+    the whole batch is one mean, that of ``--loss`` on the masked logits; the paper adds two means. With half of each batch
+    stored images, as in the paper, that is half of it.
     """
 
     batch_separable = False  # which classes are present depends on the whole batch
     help = "replay with asymmetric cross entropy (Caccia et al., ICLR 2022)"
-    defaults = LifelongMethod.defaults | {"replay": True}
+    defaults = LifelongMethod.defaults | {"replay": True, "replay_batch": 0.5}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -37,7 +38,8 @@ class ERACE(LifelongMethod):
         super().begin_task(model, task)
         share = 1.0  # where nothing is stored, nothing is to be kept from being pushed
         if len(task.replay):
-            share = min(1.0, images_a_class(task.labels[task.replay]) / images_a_class(task.labels[task.new_rows]))
+            replayed = task.epochs_of_replay * images_a_class(task.labels[task.replay])
+            share = min(1.0, replayed / images_a_class(task.labels[task.new_rows]))
         if self.share is None:
             self.share = task.counts.new_zeros(())
         self.share.fill_(share)  # in place, so that a compiled step goes on with it
@@ -46,7 +48,7 @@ class ERACE(LifelongMethod):
         classes = torch.arange(logits.shape[1], device=logits.device)
         new = ~batch.is_replay
         rank = new.cumsum(0)  # of a new image among the new ones, from 1
-        stored = batch.is_replay | (rank <= self.share * rank[-1])
+        stored = batch.is_replay | (rank <= (self.share * rank[-1]).clamp(min=1))
         present = ((batch.y[:, None] == classes) & new[:, None]).any(0)
         return super().task_loss(only(logits, stored[:, None] | present), batch)
 

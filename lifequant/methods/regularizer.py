@@ -14,6 +14,7 @@ from lifequant.data.task import Task
 from lifequant.methods.base import LifelongMethod
 from lifequant.methods.growth import grown_flat
 from lifequant.methods.importance import Batches, flat, protected
+from lifequant.methods.rounding import nbytes, rounded_flat
 
 
 class Regularizer(LifelongMethod):
@@ -24,11 +25,11 @@ class Regularizer(LifelongMethod):
     gives the importances for a task that has ended. If another penalty is chosen, nothing is gathered.
 
     A parameter may have grown before ``begin_task``, as a head for more classes does: its first entries keep their
-    importance and anchor, and new ones have importance 0.
+    importance and anchor, and new ones have importance 0. ``--importance_bits`` rounds both where a task ends.
     """
 
     has_penalty = True
-    regularizer = True
+    regularizer = keeps_importances = True
     importances: tuple[str, ...] = ("importance",)  # the vectors that are kept, beside the anchor
 
     def __init__(self, config: Any) -> None:
@@ -105,6 +106,10 @@ class Regularizer(LifelongMethod):
             new = self.estimate(model, task)
             with torch.no_grad():
                 self.merge(new, flat(protected(model).values()), task)
+                if (bits := self.config.importance_bits) < 32:
+                    sizes = [shape.numel() for shape in self.shapes.values()]
+                    self.importance.copy_(rounded_flat(self.importance, sizes, bits, unsigned=True))
+                    self.anchor.copy_(rounded_flat(self.anchor, sizes, bits))
 
     def estimate(self, model: nn.Module, task: Task) -> Tensor:
         """[P], the importances for the task that has ended."""
@@ -138,5 +143,7 @@ class Regularizer(LifelongMethod):
         """Bytes of all vectors that are kept. What a method gathers during a task counts as importance."""
         if self.anchor is None:
             return {}
-        importance = sum(getattr(self, name).nbytes for name in self.importances) + self.offset.nbytes
-        return {"importance": importance, "reference": self.anchor.nbytes}
+        bits = self.config.importance_bits
+        gathered = sum(getattr(self, name).nbytes for name in self.importances if name != "importance")
+        kept = self.anchor.nbytes if bits == 32 else nbytes(len(self.anchor), len(self.shapes), bits)
+        return {"importance": kept + gathered + self.offset.nbytes, "reference": kept}

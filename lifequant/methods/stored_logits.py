@@ -71,6 +71,10 @@ class StoredLogits:
             keep = keep & (torch.arange(logits.shape[1], device=logits.device) < self.width[batch.rows][:, None])
         return torch.where(keep, difference, 0).square().sum() / chosen.sum().clamp(min=1)
 
+    def bytes_per_image(self, num_classes: int) -> int:
+        """Bytes of an image's logits."""
+        return 2 * num_classes
+
     def nbytes(self) -> int:
         """Bytes of the logits held."""
         return 0 if self.table is None else int(self.held.sum()) * self.table.shape[1] * self.table.element_size()

@@ -16,6 +16,7 @@ from lifequant.data.task import Task
 from lifequant.methods.base import TrainingHooks
 from lifequant.methods.growth import grown, only_old
 from lifequant.methods.importance import CHUNK, at_quantized_weights, per_sample
+from lifequant.methods.rounding import nbytes, rounded
 from lifequant.qat.packing import packed_bytes
 from lifequant.qat.weights import body_weights
 from lifequant.quantizers.base import FakeQuant
@@ -39,12 +40,15 @@ class Anchored(Penalty):
     grown before ``begin_task`` has importance 0 in its new entries.
     """
 
+    keeps_importances = True
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.importance: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
         self.anchor_bytes = 0
+        self.bits: int = getattr(config, "importance_bits", 32)  # a loop of one's own may have another config
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         """{name: w} that is held near its former value: here the quantized weights of all layers but the head."""
@@ -76,7 +80,8 @@ class Anchored(Penalty):
             for name, (anchor, scale) in anchors.items():
                 if changed := former.get(name) != anchor.shape:
                     self._resize(name, anchor, scale)
-                self.importance[name].copy_(estimate[name]) if estimate else self.importance[name].zero_()
+                new = estimate[name] if estimate else torch.zeros_like(self.importance[name])
+                self.importance[name].copy_(rounded(new, self.bits, unsigned=True))
                 if changed:
                     self.importance[name].copy_(only_old(self.importance[name], former.get(name)))
                 self.anchor[name].copy_(anchor)
@@ -101,8 +106,9 @@ class Anchored(Penalty):
             setattr(self, name, state[name])
 
     def memory_bytes(self) -> dict[str, int]:
-        """Importances in float32; the anchor at the bit-width of the weights that it repeats."""
-        importance = sum(f.numel() * f.element_size() for f in self.importance.values())
+        """Importances at ``--importance_bits``; the anchor at the bit-width of the weights that it repeats."""
+        values = sum(f.numel() for f in self.importance.values())
+        importance = nbytes(values, len(self.importance), self.bits)
         return {"importance": importance, "reference": self.anchor_bytes}
 
 

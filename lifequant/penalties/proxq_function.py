@@ -48,5 +48,8 @@ class ProxQFunction(Penalty):
         self.known = state["known"]
         self.stored.load_state_dict(state["stored"])
 
+    def bytes_per_image(self, num_classes: int) -> int:
+        return self.stored.bytes_per_image(num_classes)
+
     def memory_bytes(self) -> dict[str, int]:
         return {"logits": self.stored.nbytes()}

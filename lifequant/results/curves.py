@@ -19,7 +19,7 @@ from lifequant.results import tensorboard_settings
 from lifequant.results.tensorboard_pictures import codes_picture, matrix_picture
 from lifequant.training.divergence import stop_at_last_checkpoint
 from lifequant.training.run import Run
-from lifequant.training.schedule import evaluation_interval
+from lifequant.training.schedule import epoch_images, evaluation_interval
 
 TRAINING = {
     "top1": "1_accuracy/train_top1",
@@ -71,7 +71,8 @@ def evaluate_within(run: Run, epoch: int) -> None:
     They are those of the model as it is, or of its moving average with ``--ema``. The run itself is not changed.
     """
     config, data = run.config, run.data
-    interval = evaluation_interval(config, run.pool_sizes, len(data.test.paths), run.compiled)
+    images = [epoch_images(config, *sizes) for sizes in run.task_sizes]
+    interval = evaluation_interval(config, images, len(data.test.paths), run.compiled)
     if (epoch + 1) % interval or epoch + 1 == config.num_epochs:
         return
     with run.timer.within("step"):  # a GPU has still to do the steps before

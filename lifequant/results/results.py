@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
+from lifequant.data import codec
 from lifequant.evaluation import metrics
 from lifequant.evaluation.evaluate import evaluate
 from lifequant.evaluation.nearest_mean import nme_accuracy
@@ -25,10 +26,10 @@ from lifequant.runtime.device import arithmetic
 from lifequant.training import progress
 from lifequant.training.divergence import refuse_nonfinite, stop_at_last_checkpoint
 from lifequant.training.history import means
+from lifequant.training.memory import memory_bytes
 from lifequant.training.run import Run
 
 SCHEMA = 1
-KEPT = ("importance", "reference", "logits", "average", "oscillation")
 SMALL = 32  # pixels a side
 CODE_PIXELS = 256 * SMALL**2  # of training images over which activation codes are counted: 256 images, fewer large ones
 
@@ -48,22 +49,6 @@ def read_window(run: Run, task: Any, bar: Any, lr: float) -> None:
     progress.show(run, task, bar, values)
 
 
-def memory_bytes(run: Run, task: Any) -> dict[str, int]:
-    """{name: bytes} of all that is kept beside the packed model.
-
-    These are replay images, what the method and the penalty keep, the moving average, and the counts of oscillations.
-    """
-    memory = {"replay": task.buffer_count * task.images[0].numel(), **dict.fromkeys(KEPT, 0)}
-    for callback in run.callbacks:
-        for name, size in callback.memory_bytes().items():
-            memory[name] = memory.get(name, 0) + size
-    memory["average"] = run.ema.nbytes() if run.ema else 0
-    memory["oscillation"] = run.oscillations.memory_bytes() if run.oscillations else 0
-    if run.teacher is not None:
-        memory["reference"] += packed_model_bytes(run.model)
-    return memory
-
-
 def count_codes(run: Run, task: Any) -> dict[str, CodeCounts]:
     """How often each code of each tensor occurs, of activations over the first images of the task's pool."""
     with run.timer.within("evaluation"):
@@ -78,7 +63,8 @@ def end_task(run: Run, task: Any) -> None:
         scores = evaluate(run.model, run.data, run.config.eval_batch_size)
         if run.config.nme:
             exemplars = run.data.stored(task_index + 1, run.config)
-            history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size))
+            coded = run.data.coded(exemplars, run.config)
+            history["top1_nme"].append(nme_accuracy(run.model, run.data, exemplars, run.config.eval_batch_size, coded))
     refuse_nonfinite(run, sum(scores.error), "the quantization error on test images")
     for name, row in (
         ("top1", scores.top1),
@@ -192,7 +178,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "arithmetic": {"training": arithmetic(run.config, run.device), "evaluation": "float32"},
         "warnings": run.log.warnings,
         "skipped_steps": history.get("skipped", {}).get("steps", 0),
-        "versions": versions(),
+        "versions": versions() | codec.versions(run.config.replay_codec),
     }
 
 

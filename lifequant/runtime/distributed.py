@@ -160,6 +160,15 @@ def gather(found: dict[int, Tensor], device: torch.device) -> Tensor:
     return torch.cat([parts[index] for index in sorted(parts)]).to(device)
 
 
+def of_first(value: T) -> T:
+    """The first process's ``value``."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def check_agreement(model: nn.Module) -> None:
     """Raises RuntimeError if this process's model differs from the first one's by a bit."""
     if world_size() == 1:

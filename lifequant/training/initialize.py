@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lifequant.checkpointing import checkpoint, float_weights, run_folder
+from lifequant.checkpointing import checkpoint, float_weights, run_folder, source
 from lifequant.common.commands import command
 from lifequant.common.errors import UserError
 from lifequant.config import Config
@@ -16,6 +16,7 @@ from lifequant.evaluation.evaluate import evaluate
 from lifequant.qat.calibration import calibrate_network
 from lifequant.qat.convert import calibrate
 from lifequant.runtime import distributed
+from lifequant.training.replay_store import choose
 from lifequant.training.run import Run
 
 CALIBRATION_IMAGES = 256
@@ -63,6 +64,9 @@ def prepare(run: Run) -> None:
                 )
         checkpoint.refuse_other_run(state, run.data_key, distributed.world_size(), path)
         run.load(state, path)
+        if config.start_task == 1:  # the two runs may differ in what they store
+            run.data.chosen.clear()
+            choose(run, data.task(0, config, run.method.joint))
         run.log.say(f"begun at task {data.ids[run.task_index]} with the state of {config.from_run}")
 
 
@@ -86,8 +90,8 @@ def _load_source(run: Run) -> tuple[object, bool]:
         weights = distributed.one_first(lambda: float_weights.download(config))
     else:
         name = path = find_source(config)
-        if checkpoint.is_ours(path):
-            return path, checkpoint.load_source(path, config, run.model, classes)
+        if source.is_ours(path):
+            return path, source.load_source(path, config, run.model, classes)
         weights = float_weights.state_dict_in(float_weights.read(path), path)
     state = float_weights.load_float(name, weights, config, classes, run.log.say)
     checkpoint.load_float(Path(str(name)), run.model, state)

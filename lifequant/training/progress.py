@@ -12,7 +12,7 @@ from lifequant.config import Config
 from lifequant.data.task import Task
 from lifequant.runtime import distributed
 from lifequant.training.run import Run
-from lifequant.training.schedule import batch_size, steps_per_epoch
+from lifequant.training.schedule import batch_parts, steps_per_epoch
 
 KNOWN_AFTER = 5  # seconds of training steps
 AT_TASK_END = ("evaluation", "method", "head", "bn_reestimate")  # parts of the timer
@@ -86,7 +86,7 @@ def line(run: Run, task: Task, epoch: int, values: Mapping[str, float]) -> str:
 
 def show(run: Run, task: Task, bar: tqdm, values: Mapping[str, float]) -> None:
     """Renew the bar's text. In a long first epoch, say how long the run will take as soon as its speed is known."""
-    epoch = (run.step - 1) // steps_per_epoch(run.config, len(task.pool))
+    epoch = (run.step - 1) // steps_per_epoch(run.config, *run.task_sizes[run.task_index])
     bar.set_description_str(line(run, task, epoch, values))
     left = seconds_left(run)
     if run.expects_time and (epoch > 0 or run.history["timed_seconds"] > KNOWN_AFTER):
@@ -101,7 +101,7 @@ def seconds_left(run: Run) -> float | None:
     if not speed:
         return None
     steps = run.steps_before(run.num_tasks) - run.global_step
-    images = steps * batch_size(run.config, run.pool_sizes[run.task_index])
+    images = steps * sum(batch_parts(run.config, *run.task_sizes[run.task_index]))
     parts = run.history["seconds_by_part"]
     at_end = sum(parts.get(name, 0.0) for name in AT_TASK_END) / run.task_index if run.task_index else 0.0
     return images / speed + at_end * (run.num_tasks - run.task_index)

@@ -16,6 +16,7 @@ from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.checkpointing.async_writer import Writer
 from lifequant.common.errors import UserError
 from lifequant.config import Config
+from lifequant.data import codec
 from lifequant.data.dataset import DataSet, data_key
 from lifequant.data.task import Batch, Task
 from lifequant.methods.base import LifelongMethod, TrainingHooks
@@ -44,7 +45,7 @@ class Run:
         self.penalty: TrainingHooks = self.method if own_penalty else registry.penalty(config.penalty)(config)
         self.callbacks = [self.method] if own_penalty else [self.method, self.penalty]
         self.num_tasks = 1 if self.method.joint else len(dataset.ids)
-        self.pool_sizes = dataset.pool_sizes(config, self.method.joint)
+        self.task_sizes = dataset.task_sizes(config, self.method.joint)
         self.expects_time = True  # until the run has said how long it will take
         self.task_index = self.step = 0  # the task, and the steps done in it
         self.reading_interval = 1  # steps of this task between two readings of the loss
@@ -79,7 +80,7 @@ class Run:
 
     def steps_before(self, task_index: int) -> int:
         """Steps of the tasks before this one."""
-        return sum(self.config.num_epochs * steps_per_epoch(self.config, n) for n in self.pool_sizes[:task_index])
+        return sum(self.config.num_epochs * steps_per_epoch(self.config, *n) for n in self.task_sizes[:task_index])
 
     @property
     def global_step(self) -> int:
@@ -157,12 +158,19 @@ class Run:
             "best": self.best,
             "history": self.history,
             "warnings": self.log.warnings,
+            "stored": [torch.tensor(rows, dtype=torch.int32) for rows in self.data.chosen],
+            "codec": codec.versions(self.config.replay_codec),
             "compiled": self.compiled,
             "processes": distributed.world_size(),
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Take over what ``state`` gave; ``path`` is where it comes from. Raises UserError where it does not fit."""
+        if (theirs := state.get("codec", {})) != (ours := codec.versions(self.config.replay_codec)):
+            raise UserError(
+                f"{path}: its replay images were coded by {_listed(theirs)}, here is {_listed(ours)}: their pixels may differ; "
+                "install that version, or begin anew"
+            )
         checkpoint.load_strictly(path, self.model, state["model"])
         with checkpoint.fitting(path, "content"):
             self.task_index, self.step, self.best = state["task_index"], state["step"], state["best"]
@@ -170,6 +178,10 @@ class Run:
             self.sums.copy_(state["sums"])
             self.epoch_sums.copy_(state["epoch_sums"])
             self.scales.limited_updates.copy_(state["limited_updates"])
+            self.data.chosen = (
+                [rows.tolist() for rows in state.get("stored", [])] if self.data.chooses(self.config) else []
+            )
+        self.task_sizes = self.data.task_sizes(self.config, self.method.joint)
         self.timer = Timer(self.history, self.timer.since)
         if self.step or state["optimizer"]:
             with checkpoint.fitting(path, "optimizer's state"):
@@ -184,3 +196,7 @@ class Run:
         if self.task_index or self.step:
             with torch.no_grad():
                 self.penalty.penalty(self.model)  # what doesn't fit fails here, and not in mid-training
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "no codec"

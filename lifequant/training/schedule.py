@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from lifequant.config import Config
+from lifequant.data import task
 from lifequant.runtime import distributed
 
 READINGS = 100  # of the loss over a task
@@ -18,14 +19,22 @@ SHARE = 0.05  # of a run's work, what evaluations within tasks may add to it
 TRAINING = {False: 3, True: 1}  # a training image's work in test images, by whether the step is compiled; a test is not
 
 
-def batch_size(config: Config, images: int) -> int:
-    """Images of a training step of all processes, where a task trains on ``images``."""
-    return distributed.batch_size(min(config.train_batch_size, images))
+def batch_parts(config: Config, new: int, stored: int) -> tuple[int, int]:
+    """(new images, stored images beside them) of a training step of all processes, where a task trains on ``new`` images
+    and on ``stored`` ones of former tasks; (images, 0) where both are one pool."""
+    return task.batch_parts(config.train_batch_size, config.replay_batch, new, stored, distributed.world_size())
 
 
-def steps_per_epoch(config: Config, images: int) -> int:
-    """Steps of an epoch on ``images``; the last one is filled up."""
-    return -(-images // batch_size(config, images))
+def steps_per_epoch(config: Config, new: int, stored: int) -> int:
+    """Steps of an epoch; the last one is filled up."""
+    size, beside = batch_parts(config, new, stored)
+    return -(-(new if beside else new + stored) // size)
+
+
+def epoch_images(config: Config, new: int, stored: int) -> int:
+    """Images that an epoch trains on."""
+    beside = batch_parts(config, new, stored)[1]
+    return new + (steps_per_epoch(config, new, stored) * beside if beside else stored)
 
 
 def reading_interval(config: Config, steps: int, device: str) -> int:
@@ -33,17 +42,17 @@ def reading_interval(config: Config, steps: int, device: str) -> int:
     return config.print_freq or min(max(steps // READINGS, SHORTEST[device]), LONGEST)
 
 
-def evaluation_interval(config: Config, pools: Sequence[int], test_images: int, compiled: bool) -> int:
+def evaluation_interval(config: Config, epochs: Sequence[int], test_images: int, compiled: bool) -> int:
     """Epochs between two evaluations within a task; ``num_epochs`` where only the ends of tasks are evaluated.
 
-    ``pools``: images that each task trains on; ``test_images``: of one evaluation; ``compiled``: whether the step is.
+    ``epochs``: images of an epoch of each task; ``test_images``: of one evaluation; ``compiled``: whether the step is.
     """
     if config.eval_every:
         return config.eval_every
-    affordable = SHARE * TRAINING[compiled] * config.num_epochs * sum(pools)
+    affordable = SHARE * TRAINING[compiled] * config.num_epochs * sum(epochs)
     for interval in range(1, config.num_epochs):
-        points = len(pools) * -(-config.num_epochs // interval)
-        if points <= POINTS and (points - len(pools)) * test_images <= affordable:
+        points = len(epochs) * -(-config.num_epochs // interval)
+        if points <= POINTS and (points - len(epochs)) * test_images <= affordable:
             return interval
     return config.num_epochs
 

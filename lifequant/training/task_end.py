@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lifequant.common.seeding import generator
+from lifequant.data.replay import epoch_of
 from lifequant.data.task import Task
 from lifequant.evaluation.evaluate import validation_top1
 from lifequant.qat.batchnorm import reestimate_bn
-from lifequant.training import progress
+from lifequant.training import progress, schedule
 from lifequant.training.head import train_head
 from lifequant.training.history import means
 from lifequant.training.run import Run
@@ -51,7 +50,8 @@ def finish_training(run: Run, task: Task) -> None:
     if config.bn_reestimate:
         with run.timer.part("bn_reestimate", "step"):
             noise = generator(config.seed, "bn", task.task_index)
-            epoch = task.epoch(torch.randperm(len(task.pool), generator=noise), size)
+            parts = schedule.batch_parts(config, *run.task_sizes[run.task_index])
+            epoch = epoch_of(task, parts if parts[1] else (size, 0), "uniform", noise)
             batches = range(min(config.bn_reestimate, len(epoch.rows)))
             reestimate_bn(model, (task.training_batch(epoch, index, noise).x for index in batches))
     if config.head_epochs:

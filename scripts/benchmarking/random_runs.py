@@ -20,7 +20,7 @@ from lifequant import options, train
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.data.dataset import DataSet, Store
 from lifequant.data.task import Task
-from lifequant.training import initialize
+from lifequant.training import initialize, schedule
 
 CLASSES = 10
 FIRST_STEPS = 2  # steps of the first task: what gathers its importances step by step has gathered some
@@ -114,7 +114,7 @@ def to_last_task(run: train.Run) -> Task:
 
 def train_steps(run: train.Run, task: Task, steps: int) -> float:
     """Seconds of the epoch's last ``steps`` steps."""
-    whole = -(-len(task.pool) // run.config.train_batch_size)
+    whole = schedule.steps_per_epoch(run.config, *run.task_sizes[run.task_index])
     run.step = max(whole - steps, 0)
     device = task.images.device
     synchronize(device)
