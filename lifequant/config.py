@@ -171,11 +171,7 @@ class Config:
     nme: bool = switch(False, METHOD, "also report the accuracy of the nearest mean of exemplars")
 
     arch: str = flag("resnet", QUANT, "family of networks; the network itself is --target_model", choices=["resnet"])
-    target_model: str = flag(
-        "resnet20",
-        QUANT,
-        "network: resnet20, resnet56, or a classification model of torchvision by its name, like resnet18; the ending _quant may follow",
-    )
+    target_model: str = flag("resnet20", QUANT, "network: resnet20, resnet56, or a classification model of torchvision by its name, like resnet18; the ending _quant may follow")  # fmt: skip
     source_model: str | None = flag(
         None, QUANT, "network of --source_file; it must be the same as --target_model", free=True
     )
@@ -211,12 +207,7 @@ class Config:
         None, QUANT, "start from --source_file (default: True if that is given)", free=True
     )
     source_dir: str = flag("", QUANT, "folder that contains --source_file", path=True)
-    source_file: str | None = flag(
-        None,
-        QUANT,
-        "model to start from: its file, a run's folder, or float weights of elsewhere (.pth, .safetensors)",
-        path=True,
-    )
+    source_file: str | None = flag(None, QUANT, "model to start from: its file, a run's folder, or float weights of elsewhere (.pth, .safetensors)", path=True)  # fmt: skip
     source_weights: str | None = flag(
         None,
         QUANT,
@@ -257,7 +248,7 @@ class Config:
         "auto", RUN, "where to train; auto takes the GPU if there is one", choices=["auto", "cpu", "cuda"], free=True
     )
     gpus: int = flag(0, RUN, "index of the GPU to use", nargs="+", type=int_at_least(0), free=True)
-    amp: str = flag("off", RUN, "bf16 trains convolutions in bfloat16, for GPUs; quantizers stay in float32",
+    amp: str = flag("off", RUN, "bf16 trains convolutions in bfloat16, for GPUs and for CPUs that have it; quantizers stay in float32",
                     choices=["off", "bf16"])  # fmt: skip
     tf32: bool = switch(
         True,
