@@ -125,7 +125,7 @@ def test_what_is_not_office31(tmp_path, capsys):
     assert "not Office-31: no images of amazon" in said({"cifar-10-batches-py/data_batch_1": b"1"})
     assert "no images of dslr (amazon, webcam, dslr" in said(office(few={"amazon": 2, "webcam": 2}))
     ten = office(classes=office31.CLASSES[:10])
-    first = "lacks the classes 'headphones', 'keyboard', 'laptop_computer' and 18 more"
+    first = "lacks the class 'headphones', 'keyboard', 'laptop_computer' and 18 more"
     assert f"not Office-31: amazon {first}" in said(ten)
     lacking = {name: content for name, content in office().items() if "dslr/images/mug" not in name}
     assert "not Office-31: dslr lacks the class 'mug'" in said(lacking)
@@ -224,7 +224,7 @@ def test_what_is_not_imageclef(tmp_path, capsys):
     assert "line 1: 'i/i0_0.JPEG 12' is not a path and a label of 0 to 11" in said(
         lambda files: files.update({lists: b"i/i0_0.JPEG 12\n"})
     )
-    assert "i lacks the classes 'bike', 'bird', 'boat' and 8 more" in said(
+    assert "i lacks the class 'bike', 'bird', 'boat' and 8 more" in said(
         lambda files: files.update({lists: b"i/i0_0.JPEG 0\n"})
     )
     assert "is not UTF-8" in said(lambda files: files.update({lists: b"\xff\xfe"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Collection
 
 WIDTH = 80
 
@@ -17,6 +18,12 @@ def wrapped(text: str, indent: int = 2, break_words: bool = True) -> str:
     return textwrap.fill(
         text, WIDTH, subsequent_indent=indent * " ", break_long_words=break_words, break_on_hyphens=False
     )
+
+
+def some(names: Collection[str]) -> str:
+    """The first three names in quotes, and how many more there are: "'a', 'b', 'c' and 2 more"."""
+    first, more = sorted(names)[:3], len(names) - 3
+    return ", ".join(f"'{name}'" for name in first) + (f" and {more} more" if more > 0 else "")
 
 
 def say(text: str) -> None:

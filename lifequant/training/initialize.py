@@ -56,12 +56,10 @@ def prepare(run: Run) -> None:
                 callback.end_task(run.model, task)
             state["method"] = run.method.state_dict()
             state["penalty"] = None if run.penalty is run.method else run.penalty.state_dict()
-            if "importance_bytes" in (
-                kept := state["history"]["tasks"][-1]
-            ):  # of domains; the other method's until now
-                kept["importance_bytes"] = sum(
-                    callback.memory_bytes().get("importance", 0) for callback in run.callbacks
-                )
+            former_task = state["history"]["tasks"][-1]
+            if "importance_bytes" in former_task:  # of a domain; until now the other method's
+                sizes = [callback.memory_bytes().get("importance", 0) for callback in run.callbacks]
+                former_task["importance_bytes"] = sum(sizes)
         checkpoint.refuse_other_run(state, run.data_key, distributed.world_size(), path)
         run.load(state, path)
         if config.start_task == 1:  # the two runs may differ in what they store

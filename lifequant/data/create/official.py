@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from lifequant.common.commands import command
 from lifequant.common.errors import UserError
 from lifequant.common.safe_files import short
-from lifequant.common.text import say
+from lifequant.common.text import say, some
 from lifequant.data.create.archives import Source
 from lifequant.data.create.class_folders import EXTENSIONS
 from lifequant.data.create.prepared import Contents, Place
@@ -55,17 +55,10 @@ def _odd(images: Images, parts: Sequence[str], classes: Sequence[str] | int) -> 
         return f"{len(names)} classes, and it has {classes}"
     for part in parts:
         if lacking := names - set(images[part]):
-            return f"{part} lacks {listed(lacking)}"
+            return f"{part} lacks the class {some(lacking)}"
         if more := set(images[part]) - names:
-            return f"{part} has also {listed(more)}"
+            return f"{part} has also the class {some(more)}"
     return ""
-
-
-def listed(names: set[str]) -> str:
-    """ "the class 'a'", "the classes 'a', 'b', 'c' and 2 more"."""
-    first = ", ".join(repr(short(name, 60)) for name in sorted(names)[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"the class{'es' if len(names) > 1 else ''} {first}{more}"
 
 
 def tell_counts(images: Images, title: str, official: dict[str, int]) -> None:

@@ -16,7 +16,7 @@ from lifequant.common.arguments import Parser, int_at_least, real, share
 from lifequant.common.commands import command, prepare_command
 from lifequant.common.errors import UserError, closest, one_line
 from lifequant.common.files import checked_name, find_folder, write_all
-from lifequant.common.text import say
+from lifequant.common.text import say, some
 from lifequant.data import dataset_json
 from lifequant.data.create.class_folders import Seen, class_images, class_names, folders_in, refuse_shared
 from lifequant.data.split import TEST_SHARE, class_tasks, long_tail, lowest, share_of_each
@@ -170,12 +170,11 @@ def domain_images(root: Path, domains: list[str], source: str, seed: int, seen: 
             found[domain] = names, _own_split(class_images(root, folder, names, seen), names, source, seed, folder)
     names = sorted(set().union(*(have for have, _ in found.values())))
     for domain, (have, _) in found.items():
-        if lacking := sorted(set(names) - set(have)):
-            other = next(other for other, (its, _) in found.items() if lacking[0] in its)
-            listed = ", ".join(f"'{name}'" for name in lacking[:3]) + f" and {len(lacking) - 3} more" * (
-                len(lacking) > 3
+        if lacking := set(names) - set(have):
+            other = next(other for other, (its, _) in found.items() if min(lacking) in its)
+            raise UserError(
+                f"{root / domain}: no class {some(lacking)}, which {other} has; all domains need the same classes"
             )
-            raise UserError(f"{root / domain}: no class {listed}, which {other} has; all domains need the same classes")
     return names, [rows for _, rows in found.values()]
 
 
