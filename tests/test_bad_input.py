@@ -218,7 +218,7 @@ CASES = [
     (source_is_text, SOURCE, ["model.pt", "not a checkpoint"]),
     (source_is_empty, SOURCE, ["model.pt", "not a checkpoint"]),
     (source_is_a_pickle, SOURCE, ["model.pt", "not a checkpoint"]),
-    (source_is_tensors, SOURCE, ["model.pt", "not a model checkpoint"]),
+    (source_is_tensors, SOURCE, ["model.pt: its weights do not fit resnet20: weight is not in resnet20"]),
     (source_of_another_network, SOURCE, ["model.pt", "target_model is resnet56", "resnet20"]),
     (source_of_other_classes, SOURCE, ["model.pt", "7 classes", "has 6"]),
     (nothing, {"start_task": 1, "from": "nowhere"}, ["--from nowhere", "task0.pt"]),
