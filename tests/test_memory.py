@@ -31,7 +31,7 @@ def full(monkeypatch: pytest.MonkeyPatch, where: object, name: str, call: int) -
     ("where", "name", "call", "said"),
     [
         (loop, "training_step", 6, ["a training step, task 1, step 1", "--train_batch_size"]),
-        (results, "evaluate", 2, ["an evaluation, task 1, step 5", "--eval_batch_size"]),
+        (results, "evaluate", 2, ["an evaluation, task 1, step 8", "--eval_batch_size"]),
         (EWC, "estimate", 1, ["what the method does between tasks, task 0, step 4", "--train_batch_size"]),
         (loop, "load_dataset", 1, ["loading the images, before the first task", "--cache mmap"]),
         (torch, "load", 1, ["task 1, step 0"]),
