@@ -35,7 +35,7 @@ def load_source(path: Path, config: Config, model: nn.Module, num_classes: int) 
     state = checkpoint.read(path, "model")
     source, names, _ = checkpoint.network_of(state, path)
     weights = state["model"]
-    for name in ("target_model", "shortcut", "stem"):
+    for name in ("target_model", "shortcut"):
         if getattr(source, name) != getattr(config, name):
             raise UserError(f"{path}: its {name} is {getattr(source, name)}, this run's is {getattr(config, name)}")
     if len(names) != num_classes:

@@ -20,7 +20,7 @@ from lifequant.training.replay_store import choose
 from lifequant.training.run import Run
 
 CALIBRATION_IMAGES = 256
-CALIBRATION_BATCH = 32  # images at a time, of networks that may be large
+CALIBRATION_BATCH = 32  # most images at a time, of networks that may be large
 
 
 def prepare(run: Run) -> None:
@@ -73,7 +73,7 @@ def _calibrate(run: Run, x: Tensor) -> None:
     if hasattr(run.model, "quantization"):  # of quantize_model, which reports and warns of what it finds
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            calibrate(run.model, x.split(CALIBRATION_BATCH), train=True)
+            calibrate(run.model, x.chunk(-(-len(x) // CALIBRATION_BATCH)), train=True)  # none of them of one image
         for warning in found:
             run.log.warn(str(warning.message).replace(" (q.quantization lists all)", ""))
     else:

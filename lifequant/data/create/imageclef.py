@@ -44,7 +44,9 @@ def read(source: Source, seed: int) -> Contents:
             if line.strip():
                 label, image = _entry(source, f"{name}, line {number}", domain, line, there)
                 official.add(images, source, domain, label, image)
-    domains = [domain for domain in COUNTS if domain in images or domain != "b"]  # many copies have the other three alone
+    domains = [
+        domain for domain in COUNTS if domain in images or domain != "b"
+    ]  # many copies have the other three alone
     names = official.checked(images, source, TITLE, domains, CLASSES)
     official.tell_counts(images, TITLE, COUNTS)
     listed = Counter(name for classes in images.values() for files in classes.values() for name in files.values())
