@@ -24,6 +24,10 @@ from lifequant.common.arguments import (
 from lifequant.losses import LOSSES
 from lifequant.quantizers.base import BIT_WIDTHS
 
+# Settings that came later, at the values that stand for what a run did before them.
+ADDED = {"optimizer": "sgd", "tf32": True, "stem": "auto", "source_weights": None, "replay_batch": 0.0, "replay_selection": "random",
+         "memory_budget": None, "importance_bits": 32, "replay_codec": "raw", "replay_quality": None, "replay_code_new": False}  # fmt: skip
+
 RESUME_JOB_DIR = "True"  # the value of --resume that means the run in job_dir
 REPLAY_RATE = 0.2  # the best of 10, 20 and 35 % in the paper
 REFERENCE_CROP_SCALE = 0.08  # --crop_scale of --augment reference, as torchvision's recipe has it
@@ -129,7 +133,7 @@ class Config:
     buffer_size: int | None = flag(
         None, DATA, "number of replay images in all, instead of --replay_rate", type=int_at_least(1)
     )
-    replay_batch: float | None = flag(None, DATA, "share of each batch that is stored images; 0 shuffles new and stored ones as one pool (default: the method's)", type=part_of_batch, metavar="SHARE")  # fmt: skip
+    replay_batch: float | None = flag(None, DATA, "least share of each batch that is stored images; 0 shuffles new and stored ones as one pool (default: the method's)", type=part_of_batch, metavar="SHARE")  # fmt: skip
     replay_selection: str = flag("random", DATA, "which images of a class are stored: at random, by iCaRL's herding, or rather those of high loss", choices=["random", "herding", "loss"])  # fmt: skip
     memory_budget: int | None = flag(None, DATA, "bytes of all that is kept between tasks, like 1MB; replay images take what the rest leaves", type=size, metavar="BYTES")  # fmt: skip
     replay_codec: str = flag("raw", DATA, "how replay images are stored", choices=["raw", "webp", "jpeg", "bits4"])

@@ -14,7 +14,7 @@ from lifequant.checkpointing import checkpoint
 from lifequant.common import fault_injection
 from lifequant.common.errors import UserError
 from lifequant.common.files import lock
-from lifequant.config import RESUME_JOB_DIR, Config, free_names
+from lifequant.config import ADDED, RESUME_JOB_DIR, Config, free_names
 
 PARTS = ("config.json", "results.json", "logger.log", "model_best.pt", "checkpoint", "run")  # all that a run leaves
 LOCK = ".lock"
@@ -173,7 +173,7 @@ def _resumed(config: Config, job: Path, say: Callable[[str], None]) -> dict[str,
         say(f"--resume: no checkpoint in {job} yet; the run starts anew")
         return None
     state, path = checkpoint.read_last(path, say)
-    ours, theirs, free = config.asdict(), state["config"], free_names()
+    ours, theirs, free = config.asdict(), ADDED | state["config"], free_names()
     for name in sorted({*ours, *theirs} - free):
         if ours.get(name) != theirs.get(name):
             raise UserError(
@@ -206,7 +206,7 @@ _ELSEWHERE = {"dataset", "num_tasks", "task_id", "num_classes", "ll_method", "pr
 
 def fork_conflict(config: Config, theirs: dict[str, Any]) -> str | None:
     """Why ``config`` can't begin at its ``start_task`` with the state of a run with the settings ``theirs``; None if it can."""
-    ours = config.asdict()
+    ours, theirs = config.asdict(), ADDED | theirs
     apart = _ELSEWHERE | free_names() | (_LATER if config.start_task == 1 else set())
     if config.start_task == 1:
         apart |= {

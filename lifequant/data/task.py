@@ -39,10 +39,11 @@ class Epoch(NamedTuple):
 def batch_parts(size: int, share: float, new: int, stored: int, multiple: int = 1) -> tuple[int, int]:
     """(new images, stored images beside them) in each batch of at most ``size`` images, of which ``share`` is stored.
 
-    ``new`` and ``stored``: images of the task. A batch has no stored image twice, and at least one new image. A share of 0
+    ``new`` and ``stored``: images of the task. If the stored ones are a larger share of both, that share holds. A batch has no stored image twice, and at least one new image. A share of 0
     gives (images of the merged pool, 0). The sum is a multiple of ``multiple``.
     """
     beside = bool(share and stored)
+    share = max(share, stored / (new + stored)) if beside else share
     most = new + (min(stored, max(1, round(new * share / (1 - share)))) if beside else stored)
     size = min(size, most)
     size = max(size - size % multiple, multiple)

@@ -60,7 +60,7 @@ def work(run: Run, counts: Sequence[Sequence[int]]) -> tuple[float, float]:
     rate = 0.0 if config.replay_rate == 0 or config.buffer_size else config.replay_rate or REPLAY_RATE
     images = [n + rate * sum(new[:t]) + min(config.buffer_size or 0, sum(new[:t])) for t, n in enumerate(new)]
     if config.replay_batch:
-        images = [n / (1 - config.replay_batch * (t > 0)) for t, n in enumerate(new)]
+        images = [max(images[t], n / (1 - config.replay_batch * (t > 0))) for t, n in enumerate(new)]
     scale = config.num_epochs * cost(config) * (QUANTIZED if config.bitW < 32 else 1.0)
     images = images[: config.num_tasks]
     return scale * sum(images), scale * sum(images[config.start_task :])

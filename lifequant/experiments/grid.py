@@ -35,7 +35,7 @@ from typing import Any
 from lifequant import registry
 from lifequant.checkpointing import run_folder
 from lifequant.common.errors import UserError, closest
-from lifequant.config import Config, free_names
+from lifequant.config import ADDED, Config, free_names
 from lifequant.experiments import grid_tasks
 from lifequant.options import make
 
@@ -91,11 +91,6 @@ class Run:
             for name, value in flags.items()
             for word in ("--from" if name == "from_run" else f"--{name}", str(value))
         ]
-
-
-# Settings that came later: at these values a run keeps the key that it had before them.
-ADDED = {"optimizer": "sgd", "tf32": True, "stem": "auto", "source_weights": None, "replay_batch": 0.0, "replay_selection": "random",
-         "memory_budget": None, "importance_bits": 32, "replay_codec": "raw", "replay_quality": None, "replay_code_new": False}  # fmt: skip
 
 
 def digest(value: Any) -> str:
