@@ -47,7 +47,13 @@ def test_a_run_takes_the_statistics_of_what_it_trained_on():
     task.augment = lambda taken, noise: torch.zeros_like(taken)
     model, clock = nn.BatchNorm2d(3), SimpleNamespace(part=lambda *names: contextlib.nullcontext())
     run = SimpleNamespace(
-        config=options.make(bn_reestimate=2, train_batch_size=4), model=model, best={}, ema=None, timer=clock
+        config=options.make(bn_reestimate=2, train_batch_size=4),
+        model=model,
+        best={},
+        ema=None,
+        timer=clock,
+        task_index=0,
+        task_sizes=[(10, 0)],
     )
     finish_training(run, task)
     np.testing.assert_allclose(model.running_mean, -np.array(CIFAR.mean) / np.array(CIFAR.std), rtol=1e-5)
