@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 import lifequant
-from lifequant import options
+from lifequant import options, registry
 from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint, float_weights, source
 from lifequant.common.arguments import run_main
@@ -223,6 +223,14 @@ def test_download(tiny, tmp_path, monkeypatch, capsys):
     assert run_main(command, arguments(settings(tiny, tmp_path / "other", **flags))) == 2
     err = capsys.readouterr().err
     assert "bring the file https://download.pytorch.org/models/shufflenetv2_x0.5-" in err and "--source_file" in err
+
+
+def test_nothing_to_quantize(tiny, tmp_path, monkeypatch, capsys):
+    """A network of another package that has torch's own layers alone."""
+    registry.names("model")
+    monkeypatch.setitem(registry._registered["model"], "float", lambda classes, scheme, shortcut: nn.Flatten())
+    assert run_main(command, arguments(settings(tiny, tmp_path / "run", target_model="float"))) == 2
+    assert "--target_model float: it has no layer of the scheme" in capsys.readouterr().err
 
 
 def small_transformer() -> nn.Module:

@@ -9,10 +9,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lifequant import registry
+from lifequant.common.errors import UserError
 from lifequant.config import Config
 from lifequant.data.augment import statistics_of
 from lifequant.models import torchvision_models
 from lifequant.qat.layers import Scheme, set_layer_bits
+from lifequant.qat.weights import weights
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
@@ -23,6 +25,11 @@ def build(config: Config, num_classes: int) -> nn.Module:
         if config.target_model in registry.names("model"):
             model = registry.model(config.target_model)(num_classes, scheme, config.shortcut)
             set_layer_bits(model, scheme, config.bits_of_layers())
+            if next(weights(model), None) is None:
+                raise UserError(
+                    f"--target_model {config.target_model}: it has no layer of the scheme it is given (scheme.conv, scheme.linear), so "
+                    "nothing of it can be quantized"
+                )
         else:
             model = torchvision_models.quantized(
                 config.target_model, num_classes, scheme, config.image_size, config.stem, config.bits_of_layers()
