@@ -75,26 +75,32 @@ def make_onnx(
     return OnnxFile(graph.bytes(), notes)
 
 
+TALKATIVE = ("torch.onnx", "onnxscript")  # loggers that tell a user what he can't act on
+
+
 def _captured(model: nn.Module, example: Tensor) -> ir.Model:
     """The graph of a model, as torch.onnx gives it, with constants folded."""
     from onnxscript import optimizer
 
     example = example if len(example) > 1 else torch.cat([example, example])  # torch.export takes a 1 for a constant
-    quiet = logging.getLogger("torch.onnx")
-    level, quiet.level = quiet.level, logging.ERROR
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model, (example,), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), input_names=["images"], output_names=["logits"],
             )  # fmt: skip
+        found = program.model
+        optimizer.optimize(found)
     except Exception as error:  # torch.export's are of a hundred types
         raise UserError(f"export: torch.onnx can't take the model: {_reason(error)}") from error
     finally:
-        quiet.level = level
-    found = program.model
-    optimizer.optimize(found)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     found.graph.inputs[0].shape = ir.Shape(["n", *example.shape[1:]])
     return found
 
