@@ -19,7 +19,7 @@ from torch import Tensor
 from lifequant import registry
 from lifequant.checkpointing import checkpoint, run_folder
 from lifequant.common import fault_injection
-from lifequant.common.seeding import generator
+from lifequant.common.seeding import generator, seed_for
 from lifequant.common.text import duration
 from lifequant.config import Config
 from lifequant.data.dataset import load_dataset
@@ -127,8 +127,9 @@ def train_task(run: Run, task: Task) -> None:
         run.timer.switch("data")
         epoch, index = divmod(run.step, steps_per_epoch)
         batch = next(batches)
-        # for dropout, which draws from torch's own generator
-        torch.manual_seed(generator(config.seed, "augment", task.task_index, run.step).initial_seed())
+        torch.manual_seed(
+            seed_for(config.seed, "dropout", task.task_index, run.step)
+        )  # it draws from torch's own generator
         factor = schedule.lr_factor(config, run.step, steps_per_epoch)
         run.timer.switch("step")
         with tf32(config.tf32 and run.device.type == "cuda"):

@@ -34,6 +34,14 @@ def whole_lines(request, monkeypatch):
             monkeypatch.setattr(module, "wrapped", lambda line, **_: line)
 
 
+@pytest.fixture(scope="module")
+def no_fsync():
+    """Thousands of small files take seconds with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     """Six classes of eight training and four test images; see tiny.py."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,12 +15,8 @@ from lifequant.data.create import office31, prepared
 from lifequant.data.create.images import main_prepare
 from lifequant.data.create.tasks import main_tasks
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
 CLEF = ["aeroplane", "bike", "bird", "boat", "bottle", "bus", "car", "dog", "horse", "monitor", "motorbike", "people"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def run(out: Path, source: Path, dataset: str = "office31", *more: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 
@@ -27,14 +26,9 @@ from lifequant.experiments import grid
 from lifequant.experiments.grid_tasks import write_tasks
 from lifequant.losses import LOSSES
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 MADE = ["clean", "grey", "blur", "noise"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ import lifequant
 from lifequant import options, registry
 from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint, float_weights, source
+from lifequant.checkpointing.checkpoint import network_of
+from lifequant.checkpointing.packed import write_packed
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.methods.importance import CHUNK, at_quantized_weights, per_sample
@@ -146,9 +148,10 @@ def test_weights_of_elsewhere(form, tmp_path):
         torch.save(theirs.state_dict(), tmp_path / form, _use_new_zipfile_serialization=False)
     else:
         torch.save(FORMS[form](theirs.state_dict()), tmp_path / form)
-    assert not source.is_ours(tmp_path / form)
+    found = float_weights.read(tmp_path / form)
+    assert not source.is_ours(found)
     config, said = options.make(target_model=SMALL, image_size=64), []
-    tensors = float_weights.state_dict_in(float_weights.read(tmp_path / form), form)
+    tensors = float_weights.state_dict_in(found, form)
     state = float_weights.load_float(form, tensors, config, 10, said.append)
     assert said == [
         f"source {form}: its head has another number of classes, so this run's begins anew (fc.weight, fc.bias)"
@@ -188,6 +191,18 @@ def test_no_weights(content, words, tmp_path):
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(UserError, match=words):
         float_weights.state_dict_in(float_weights.read(file), file)
+
+
+def test_packed_is_no_source(run, tmp_path):
+    """A packed model of ours has codes in place of weights."""
+    write_packed(
+        tmp_path / "m.safetensors",
+        lifequant.load(run),
+        network_of(checkpoint.read(run / "model_best.pt", "model"), run)[0],
+        ["a"] * 6,
+    )
+    with pytest.raises(UserError, match="a packed model of LifeQuant's: give the run"):
+        float_weights.read(tmp_path / "m.safetensors")
 
 
 def test_stem_of_a_source(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lifequant.checkpointing.packed import MARK
 from lifequant.common.errors import UserError
 from lifequant.common.safe_files import short
 from lifequant.config import Config
@@ -49,7 +50,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: safetensors is missing: pip install lifequant[export]") from None
     try:
         with safe_open(path, "pt") as file:
-            if "codes" in (file.metadata() or {}):
+            if MARK in (file.metadata() or {}):
                 raise UserError(f"{path}: a packed model of LifeQuant's: give the run that it was made of")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (SafetensorError, OSError) as error:

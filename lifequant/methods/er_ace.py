@@ -20,7 +20,7 @@ class ERACE(LifelongMethod):
 
     The paper's memory is filled as images come, so that it has the task's own images, too: without them nothing ever
     compares new classes with old ones, and the new ones are not learned. Here the store has former tasks alone; in its
-    place the first new images of each batch count as stored ones, at least one, and as many as make a new class as
+    place the first new images of each batch count as stored ones, as many as make a new class as
     frequent among those as a replayed one is; all of them where no image is stored, so that task 0 is plain. The loss of
     the whole batch is one mean, that of ``--loss`` on the masked logits; the paper adds two means. With half of each batch
     stored images, as in the paper, that is half of it.
@@ -48,7 +48,7 @@ class ERACE(LifelongMethod):
         classes = torch.arange(logits.shape[1], device=logits.device)
         new = ~batch.is_replay
         rank = new.cumsum(0)  # of a new image among the new ones, from 1
-        stored = batch.is_replay | (rank <= (self.share * rank[-1]).clamp(min=1))
+        stored = batch.is_replay | (rank <= self.share * rank[-1])
         present = ((batch.y[:, None] == classes) & new[:, None]).any(0)
         return super().task_loss(only(logits, stored[:, None] | present), batch)
 

@@ -88,9 +88,9 @@ def _load_source(run: Run) -> tuple[object, bool]:
         weights = distributed.one_first(lambda: float_weights.download(config))
     else:
         name = path = find_source(config)
-        if source.is_ours(path):
+        if source.is_ours(found := float_weights.read(path)):
             return path, source.load_source(path, config, run.model, classes)
-        weights = float_weights.state_dict_in(float_weights.read(path), path)
+        weights = float_weights.state_dict_in(found, path)
     state = float_weights.load_float(name, weights, config, classes, run.log.say)
     checkpoint.load_float(Path(str(name)), run.model, state)
     checkpoint.refuse_nonfinite(Path(str(name)), run.model)
