@@ -20,8 +20,7 @@ import lifequant
 from lifequant import options, registry
 from lifequant.__main__ import train as command
 from lifequant.checkpointing import checkpoint, float_weights, source
-from lifequant.checkpointing.checkpoint import network_of
-from lifequant.checkpointing.packed import write_packed
+from lifequant.checkpointing.packed import MARK
 from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.methods.importance import CHUNK, at_quantized_weights, per_sample
@@ -193,14 +192,9 @@ def test_no_weights(content, words, tmp_path):
         float_weights.state_dict_in(float_weights.read(file), file)
 
 
-def test_packed_is_no_source(run, tmp_path):
+def test_packed_is_no_source(tmp_path):
     """A packed model of ours has codes in place of weights."""
-    write_packed(
-        tmp_path / "m.safetensors",
-        lifequant.load(run),
-        network_of(checkpoint.read(run / "model_best.pt", "model"), run)[0],
-        ["a"] * 6,
-    )
+    save_file({"features.0": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={MARK: "{}"})
     with pytest.raises(UserError, match="a packed model of LifeQuant's: give the run"):
         float_weights.read(tmp_path / "m.safetensors")
 
