@@ -48,3 +48,11 @@ def tiny(tmp_path_factory) -> Tiny:
     top = tmp_path_factory.mktemp("tiny")
     images = write_images(top / "images")
     return Tiny(images, write_csvs(images, top / "csvs"), write_csvs(images, top / "csvs3", num_tasks=3, rate=25))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Tiny:
+    """Photographs of several kinds and sizes; see photographs.py."""
+    from support.photographs import write_photographs
+
+    return write_photographs(tmp_path_factory.mktemp("photos"))
