@@ -23,15 +23,22 @@ from lifequant.data.task import Task
 
 
 def by_pillow(path: Path, codec: str, quality: int) -> tuple[int, np.ndarray]:
-    """(bytes, pixels [H, W, 3]) of an image file, straight through Pillow, or with the lower half of each byte cut off."""
+    """(bytes, pixels [H, W, 3]) of an image file, straight through Pillow, or with the lower half of each byte cut off.
+
+    The bytes are those of WebP's VP8 chunk without its header, or of a JPEG behind the header of its scan.
+    """
     image = Image.open(path).convert("RGB")
     if codec == "bits4":
         pixels = np.asarray(image)
         return pixels.size // 2, np.round(pixels / 17).astype(np.uint8) * 17
     data = io.BytesIO()
-    more = {"subsampling": 2, "optimize": True} if codec == "jpeg" else {}
-    image.save(data, codec.upper(), quality=quality, **more)
-    return len(data.getvalue()), np.asarray(Image.open(io.BytesIO(data.getvalue())))
+    image.save(data, codec.upper(), quality=quality, **({"subsampling": 2} if codec == "jpeg" else {}))
+    file = data.getvalue()
+    if codec == "webp":
+        size = int.from_bytes(file[16:20], "little")
+    else:
+        size = len(file) - file.index(b"\xff\xda\x00\x0c\x03") - 14  # two bytes of marker, twelve of header
+    return size, np.asarray(Image.open(io.BytesIO(file)))
 
 
 @pytest.mark.parametrize(("codec", "quality"), [("webp", 50), ("webp", 90), ("jpeg", 50), ("bits4", None)])
@@ -51,7 +58,7 @@ def test_pixels_and_bytes(tiny, codec, quality):
 def test_bits4_of_an_odd_number_of_values():
     pixels = np.arange(3 * 5 * 7, dtype=np.uint8).reshape(3, 5, 7) * 2
     data = encode(pixels, "bits4", None)
-    assert len(data) == 53 and np.abs(decode(data, "bits4", (3, 5, 7)).astype(int) - pixels).max() == 8
+    assert len(data) == 53 and np.abs(decode(data, "bits4", None, (3, 5, 7)).astype(int) - pixels).max() == 8
     assert [label_bytes(n) for n in (2, 256, 257, 65536, 65537)] == [1, 1, 2, 2, 3]
 
 

@@ -1,8 +1,11 @@
 """The codecs of the replay store: how many bytes a stored image takes, and the pixels that come back.
 
 - ``webp``: lossy WebP, color at half the resolution (4:2:0, WebP has no other)
-- ``jpeg``: color at half the resolution (4:2:0), Huffman tables of the image's own; they and the header take some 400 bytes
+- ``jpeg``: color at half the resolution (4:2:0), the standard's Huffman tables
 - ``bits4``: the nearest of 16 levels of each channel, two to a byte
+
+What is the same in each file is not stored: WebP's container (20 bytes), JPEG's tables and headers (some 620). They follow from
+the codec, the size of the image and the quality.
 
 A coded image is a function of its pixels, the quality and the encoder's version, so it may be coded anew as often as it is needed.
 """
@@ -10,7 +13,9 @@ A coded image is a function of its pixels, the quality and the encoder's version
 from __future__ import annotations
 
 import io
+import struct
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,7 +27,7 @@ from lifequant.data.image_storage import send, take
 
 FORMATS = {
     "webp": ("WEBP", "webp", {"method": 4}),
-    "jpeg": ("JPEG", "libjpeg_turbo", {"subsampling": "4:2:0", "optimize": True}),
+    "jpeg": ("JPEG", "libjpeg_turbo", {"subsampling": "4:2:0"}),
 }  # codec: (Pillow's name, the encoder's name there, what it is told)
 LEVEL = 17  # between two of 16 levels: 0, 17, ..., 255
 AT_A_TIME = 1024  # images whose raw and coded pixels are held beside the result
@@ -46,19 +51,42 @@ def encode(pixels: np.ndarray, codec: str, quality: int | None) -> bytes:
         levels = ((pixels.astype(np.uint16) + LEVEL // 2) // LEVEL).astype(np.uint8).reshape(-1)
         levels = np.append(levels, np.zeros(len(levels) % 2, np.uint8))
         return (levels[::2] << 4 | levels[1::2]).tobytes()
+    file = _file(pixels, codec, quality)
+    if codec == "webp":
+        (size,) = struct.unpack("<I", file[16:20])
+        return file[20 : 20 + size]  # a byte of padding may follow
+    return file.removeprefix(_jpeg_header(pixels.shape, quality))
+
+
+def decode(data: bytes, codec: str, quality: int | None, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 ``shape`` = [3, H, W], of what ``encode`` gave."""
+    if codec == "bits4":
+        packed = np.frombuffer(data, np.uint8)
+        levels = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[: np.prod(shape)]
+        return (levels * LEVEL).reshape(shape)
+    if codec == "webp":
+        padded = data + b"\0" * (len(data) % 2)
+        file = b"RIFF" + struct.pack("<I", len(padded) + 12) + b"WEBPVP8 " + struct.pack("<I", len(data)) + padded
+    else:
+        file = _jpeg_header(shape, quality) + data
+    return np.array(Image.open(io.BytesIO(file))).transpose(2, 0, 1)
+
+
+def _file(pixels: np.ndarray, codec: str, quality: int | None) -> bytes:
+    """A whole file, as Pillow writes it."""
     name, _, more = FORMATS[codec]
     data = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(data, name, quality=quality, **more)
     return data.getvalue()
 
 
-def decode(data: bytes, codec: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 ``shape`` = [3, H, W], of what ``encode`` gave."""
-    if codec == "bits4":
-        packed = np.frombuffer(data, np.uint8)
-        levels = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[: np.prod(shape)]
-        return (levels * LEVEL).reshape(shape)
-    return np.array(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+@cache
+def _jpeg_header(shape: tuple[int, int, int], quality: int | None) -> bytes:
+    """What all JPEG files of this shape and quality begin with: all up to the coded pixels, which the marker FF DA begins."""
+    file = _file(np.zeros(shape, np.uint8), "jpeg", quality)
+    scan = file.index(b"\xff\xda")
+    (size,) = struct.unpack(">H", file[scan + 2 : scan + 4])
+    return file[: scan + 2 + size]
 
 
 def label_bytes(num_classes: int) -> int:
@@ -85,7 +113,7 @@ class CodedImages:
 
         def one(raw: np.ndarray) -> tuple[int, np.ndarray]:
             data = encode(raw, self.codec, self.quality)
-            return len(data), decode(data, self.codec, shape)
+            return len(data), decode(data, self.codec, self.quality, shape)
 
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(self.rows), AT_A_TIME):
