@@ -30,7 +30,7 @@ from lifequant.models.build import check_model
 from lifequant.results import curves, results
 from lifequant.results.table import table
 from lifequant.runtime import distributed, preemption
-from lifequant.runtime.device import deterministic, memory_explained, pick_device, tf32, wants_compile
+from lifequant.runtime.device import deterministic, lacks_bfloat16, memory_explained, pick_device, tf32, wants_compile
 from lifequant.runtime.log import Log
 from lifequant.training import history, initialize, progress, schedule
 from lifequant.training.compiling import compile_step, keep_in_place
@@ -45,6 +45,8 @@ ALONE = (
     "{}: without replay nothing compares old classes with new ones, so a head that all tasks share forgets nearly "
     "everything (van de Ven et al. 2022); the task-masked accuracy is where such methods differ"
 )
+
+EMULATED = "--amp bf16: this CPU has no bfloat16 instructions, so a step takes many times as long as with --amp off"
 
 SAME_CLASSES = "{}: it holds weights for classes that a task no longer has; all domains have the same, so it is 0"
 
@@ -243,6 +245,8 @@ def run(config: Config, notes: Sequence[str] = ()) -> dict[str, Any]:
             return finished
         this = Run(config, log, device, dataset, began)
         log.say(progress.header(this))
+        if config.amp == "bf16" and lacks_bfloat16(device):
+            log.say(EMULATED)
         distributed.check(
             config,
             this.method.batch_separable and this.penalty.batch_separable,

@@ -77,6 +77,28 @@ def test_bars_are_deviations(painters):
     assert (low, high) == pytest.approx((80 - 38 / 3 - spread, 80 - 38 / 3 + spread)) and x == 3.5
 
 
+def test_a_line_over_budgets():
+    """Each budget has a table, and the first one of its bits draws a line over all of them; rows without a budget have none."""
+    found = runs("plain", [20.0])
+    for budget, kilobytes in ((500_000, 499), (200_000, 200), (1_000_000, 990)):
+        for row, accuracies in (("ours", [kilobytes / 10, kilobytes / 10 + 4]), ("replay", [kilobytes / 20])):
+            for run in runs(f"deep/{row}/memory_budget{budget}", accuracies, memory_budget=budget, lr=len(row)):
+                run.results["memory_bytes"] = {"packed_model": 100_000, "replay": 1000 * kilobytes - 100_000}
+                found.append(run)
+    tables = rows.tables(rows.group(found))
+    assert [t.name for t in tables] == ["4bit", "4bit_200kB", "4bit_500kB", "4bit_1000kB"]
+    assert tables[3].bits == "4 bits, 1,000 kB in all" and [len(t.rows) for t in tables] == [1, 2, 2, 2]
+    drawn = [pictures.Painter(table, tables).accuracy_over_bytes() for table in tables]
+    assert [figure is not None for figure in drawn] == [True, False, False, False]
+    ours, replay = drawn[0].axes[0].containers
+    assert (ours.get_label(), replay.get_label()) == ("deep/ours", "deep/replay")
+    assert ours.lines[0].get_xydata().tolist() == [[200, 22], [499, pytest.approx(51.9)], [990, 101]]
+    spread = statistics.stdev([20, 24])
+    assert ours.lines[2][0].get_segments()[0][:, 1].tolist() == pytest.approx([22 - spread, 22 + spread])
+    assert replay.lines[0].get_ydata().tolist() == pytest.approx([10, 24.95, 49.5]) and not replay.lines[2]
+    assert drawn[0].axes[0].get_xscale() == "linear"  # a factor below 5
+
+
 def test_axes_and_colors_are_the_same_in_all_tables(painters):
     for paint in (
         pictures.Painter.accuracy_over_tasks,

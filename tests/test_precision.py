@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,16 @@ def test_amp_takes_the_convolutions_alone():
     assert 0 < close < 0.2
 
 
-def test_amp_run(tiny, tmp_path):
-    """A run in bfloat16 trains other numbers than one in float32, and goes on to the same bits when it is killed."""
-    runs = {amp: train(tiny, tmp_path / amp, method="ours", amp=amp) for amp in ("off", "bf16")}
+def test_amp_run(tiny, tmp_path, capsys):
+    """A run in bfloat16 trains other numbers than one in float32, and goes on to the same bits when it is killed. It says if the
+    CPU emulates them."""
+    cpuinfo, runs = Path("/proc/cpuinfo"), {}
+    for amp in ("off", "bf16"):
+        runs[amp] = train(tiny, tmp_path / amp, method="ours", amp=amp)
+        said = training.EMULATED in " ".join(capsys.readouterr().out.split())
+        assert not said or amp == "bf16"
+    if platform.machine() == "x86_64" and cpuinfo.is_file():
+        assert said == (not {"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()))
     weights = [torch.load(tmp_path / amp / "model_best.pt", weights_only=True)["model"] for amp in runs]
     assert not torch.equal(weights[0]["layer1.0.conv1.weight"], weights[1]["layer1.0.conv1.weight"])
     assert runs["bf16"]["config"]["amp"] == "bf16"

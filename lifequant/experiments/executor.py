@@ -33,12 +33,12 @@ class Local:
 
     def __init__(self, jobs: int) -> None:
         self.slots = jobs
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # unless the user says how many
         self.environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
             **os.environ,
             "PYTHONPATH": python_path(),
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
         }
 
     def start(self, arguments: list[str], log: Path) -> subprocess.Popen:

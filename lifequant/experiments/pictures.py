@@ -43,7 +43,7 @@ class Painter:
     """Draws the pictures of one table of several. A row has the same color and marker in each."""
 
     def __init__(self, table: Table, tables: Sequence[Table]) -> None:
-        self.rows, self.tables = table.rows, tables
+        self.table, self.rows, self.tables = table, table.rows, tables
         self.names = series.short_names(table.rows)
         self.look = {
             row.label: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)]}
@@ -195,6 +195,26 @@ class Painter:
             kilobytes, forgetting, ("kept between tasks, with the packed model (kB)", "forgetting (points)"), True
         )
 
+    def accuracy_over_bytes(self) -> Any:
+        """Average accuracy over what is kept between tasks (the packed model and all else), a line for each method."""
+        alike = [table for table in self.tables if table.kind == self.table.kind]
+        values = series.over_budgets(alike, ACCURACY)
+        if not values or self.table is not alike[0]:
+            return None
+        figure, axes = new_figure(WIDE, 4.2)
+        axis = axes[0][0]
+        for i, (label, (kept, found)) in enumerate(sorted(values.items(), key=lambda item: -item[1][1].means[-1])):
+            bars = [found.below, found.above] if any(found.above) else None
+            look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+            axis.errorbar(kept, found.means, yerr=bars, label=label, lw=1.6, ms=6, **BAR, **look)
+        set_limits(axis, "x", [end for kept, _ in values.values() for end in kept], log=True)
+        set_limits(axis, "y", [end for _, found in values.values() for end in found.ends])
+        axis.set_xlabel("kept between tasks, with the packed model (kB)", fontsize=NORMAL)
+        axis.set_ylabel("average accuracy (%)", fontsize=NORMAL)
+        axis.grid(color="0.92", lw=0.7)
+        legend(axis)
+        return figure
+
     def time_and_accuracy(self) -> Any:
         """Training time an image against average accuracy."""
         return self.points(milliseconds, accuracy, ("training time of an image (ms)", "average accuracy (%)"))
@@ -204,6 +224,7 @@ PICTURES = (
     (Painter.matrices, MATRICES),
     (Painter.accuracy_over_tasks, LINES),
     (Painter.forgetting_and_bytes, POINTS),
+    (Painter.accuracy_over_bytes, POINTS),
     (Painter.space_shift, LINES),
     (Painter.quantization_error, LINES),
     (Painter.code_histograms, BARS),

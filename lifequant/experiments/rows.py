@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,6 +60,11 @@ class Row:
     @property
     def exceeds(self) -> str:
         return next((text for run in self.runs if (text := not_b_bit(run.results))), "")
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes of --memory_budget."""
+        return self.first.config.get("memory_budget")
 
     @property
     def domains(self) -> list[str]:
@@ -195,11 +201,12 @@ def group(runs: Sequence[Run]) -> list[Row]:
 
 @dataclass
 class Table:
-    """Rows at the same bit-width on the same data, best average accuracy first."""
+    """Rows at the same bit-width on the same data with the same budget of bytes, best average accuracy first."""
 
     bits: str
     name: str  # part of file names
     rows: list[Row]
+    kind: str  # stands for the bits and the data
 
     def best(self, metric: Metric) -> Row | None:
         """The row whose mean is best, where it differs from the second best's by more than noise. Joint training sees
@@ -219,26 +226,29 @@ def task_sizes(rows: Sequence[Row], images: str) -> list[tuple[int, int]]:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """A table for each bit-width and data set."""
-    found: dict[str, list[Row]] = {}
+    """A table for each bit-width, data set and budget of bytes."""
+    found: dict[tuple[int, str, int], list[Row]] = {}
     for row in rows:
         config, common = row.first.config, settings(row.first)
-        names = ("dataset", "image_size", "classes a task", "train_images a task", "test_images a task")
-        data = [common.get(key) for key in names]
+        same = ("dataset", "image_size", "classes a task", "train_images a task", "test_images a task")
+        data = [common.get(key) for key in same]
         tasks = [common.get("[tasks] of the grid"), common.get("domains")]
         key = json.dumps([config["bitW"], config["abitW"], *data, *tasks], sort_keys=True)
-        found.setdefault(key, []).append(row)
+        found.setdefault((-config["bitW"], key, row.budget or 0), []).append(row)
     result: list[Table] = []
-    for _, members in sorted(found.items(), key=lambda item: (-json.loads(item[0])[0], item[0])):
+    names: Counter[str] = Counter()
+    for (_, key, budget), members in sorted(found.items(), key=lambda item: item[0]):
         bits, activations = (members[0].first.config[name] for name in ("bitW", "abitW"))
         alone = bits == activations
         name = f"{bits}bit" if alone else f"w{bits}a{activations}"
-        same = sum(table.name.split("_")[0] == name for table in result)
-        members.sort(key=lambda row: (-(row.mean(ACCURACY) or 0.0), row.label))
         title = f"{bits} bits" if alone else f"{bits}-bit weights, {activations}-bit activations"
-        if same:  # other data
-            name, title = f"{name}_{same + 1}", f"{title} ({same + 1})"
-        result.append(Table(title, name, members))
+        if budget:
+            name, title = f"{name}_{budget / 1000:g}kB", f"{title}, {budget / 1000:,g} kB in all"
+        members.sort(key=lambda row: (-(row.mean(ACCURACY) or 0.0), row.label))
+        names[name] += 1
+        if names[name] > 1:  # other data
+            name, title = f"{name}_{names[name]}", f"{title} ({names[name]})"
+        result.append(Table(title, name, members, key))
     return result
 
 

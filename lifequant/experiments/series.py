@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lifequant.experiments.rows import Metric, Row, error_growth
+from lifequant.experiments.rows import TOTAL, Metric, Row, Table, error_growth
 
 LONGEST = 30  # letters of a row's name
 
@@ -96,6 +96,24 @@ def growths(rows: Sequence[Row]) -> dict[str, Series]:
     """{row: xi(s,T) / xi(s,s) of each former task}, of the rows where it is defined."""
     found = {row.label: [ratios for run in row.runs if (ratios := error_growth(run))] for row in rows}
     return {label: geometric(values) for label, values in found.items() if values}
+
+
+def over_budgets(tables: Sequence[Table], metric: Metric) -> dict[str, tuple[list[float], Series]]:
+    """{row without its budget: (mean kB that are kept, the metric)}, by bytes, of the rows that have several budgets."""
+    found: dict[str, list[tuple[float, Series]]] = {}
+    for row in (row for table in tables for row in table.rows if row.budget):
+        label = "/".join(part for part in row.label.split("/") if not part.startswith("memory_budget"))
+        kept, values = row.mean(TOTAL), of_metric(row, metric)
+        if kept is not None and values:
+            found.setdefault(label, []).append((kept, values))
+    lines = {label: sorted(points) for label, points in found.items() if len(points) > 1}
+    return {
+        label: (
+            [kept for kept, _ in points],
+            Series(*([end for (end,) in of] for of in zip(*(v for _, v in points), strict=True))),
+        )
+        for label, points in lines.items()
+    }
 
 
 def short_names(rows: Sequence[Row]) -> dict[str, str]:

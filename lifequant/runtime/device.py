@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import cpu
 
 from lifequant.common.errors import UserError
 from lifequant.config import Config
@@ -69,6 +71,12 @@ def arithmetic(config: Config, device: torch.device) -> str:
     if config.amp == "bf16":
         return "bfloat16"
     return "tf32" if config.tf32 and device.type == "cuda" else "float32"
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether this is an x86 CPU without bfloat16 instructions, on which torch emulates them."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return device.type == "cpu" and x86 and not (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
 @contextmanager
