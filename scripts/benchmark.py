@@ -17,7 +17,8 @@ Rows, chosen by --rows (shell patterns, separated by commas; all that end in _co
   torch_qat                     the same with torch.ao's fake-quantizers: ranges from moving averages, nothing learned.
                                 torchao has no row: its recipes quantize linear layers, not a convolution's weights
   published_scheme              rounding by an autograd.Function, the penalty a loop, .item() at every step, PIL files
-brevitas_compiled and torch_qat_compiled can be asked for. --quick has float_compiled, ours_compiled, published_scheme.
+brevitas_compiled and torch_qat_compiled can be asked for, and our own rows with _bf16 behind (--amp bf16). --quick has
+float_compiled, ours_compiled, published_scheme.
 """
 
 from __future__ import annotations

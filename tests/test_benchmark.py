@@ -51,7 +51,8 @@ def test_rows():
     rows = contenders.known_rows()
     assert {"lsq_compiled", "ours_compiled", "ewc_compiled", "ewc_eager", "brevitas", "published_scheme"} <= set(rows)
     assert not {"original_compiled", "ewc_eager"} & set(contenders.default_rows())
-    assert contenders.choose(["float_*", "float_eager"]) == ["float_eager", "float_compiled"]
+    assert contenders.choose(["float_[ec]*d", "float_*r"]) == ["float_compiled", "float_eager"]
+    assert contenders.settings_of("lsq_compiled_bf16") == contenders.settings_of("lsq_compiled") | {"amp": "bf16"}
     assert contenders.settings_of("lsq_compiled") == {"method": "original", "quantizer": "lsq", "bitW": 4}
     assert contenders.settings_of("er_ace_eager") == {"method": "er_ace", "bitW": 4}
     assert contenders.settings_of("torch_qat") == contenders.settings_of("float_eager")

@@ -26,6 +26,7 @@ WARM_UP_STEPS = 3
 QUICK = ("float_compiled", "ours_compiled", "published_scheme")
 PEERS = ("brevitas", "torch_qat")
 PUBLISHED = "published_scheme"
+BF16 = "_bf16"
 
 
 def default_rows() -> list[str]:
@@ -39,7 +40,8 @@ def known_rows() -> list[str]:
     """All rows: those by default, and what they leave out."""
     rows = default_rows()
     more = [row.removesuffix("_compiled") + "_eager" for row in rows if row.endswith("_compiled")]
-    return list(dict.fromkeys([*rows, *more, *(f"{peer}_compiled" for peer in PEERS)]))
+    ours = list(dict.fromkeys([*(row for row in rows if row not in (*PEERS, PUBLISHED)), *more]))
+    return [*ours, *(row + BF16 for row in ours), *PEERS, *(f"{peer}_compiled" for peer in PEERS), PUBLISHED]
 
 
 def choose(patterns: Sequence[str], known: Sequence[str] | None = None) -> list[str]:
@@ -55,6 +57,8 @@ def choose(patterns: Sequence[str], known: Sequence[str] | None = None) -> list[
 
 def settings_of(row: str) -> dict[str, Any]:
     """The settings of a run. A peer's is the float run, whose network is then exchanged."""
+    if row.endswith(BF16):
+        return settings_of(row.removesuffix(BF16)) | {"amp": "bf16"}
     name = row.rsplit("_", 1)[0]
     if name == "float" or row.startswith(PEERS):
         return {"method": "original", "bitW": 32}
@@ -89,7 +93,7 @@ def build(args: dict[str, Any], folder: str) -> Callable[[int], float]:
 
     if reason := peers.missing(row):
         raise Skipped(reason)
-    compiled = row.endswith("_compiled")
+    compiled = row.removesuffix(BF16).endswith("_compiled")
     if compiled and not wants_compile(options.make(), device, 10**9, lambda text: None):
         raise Skipped("no C++ compiler here")
     stored = batch // 2
