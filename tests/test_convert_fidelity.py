@@ -73,6 +73,22 @@ def test_eight_bits_keep_the_function(name, per_channel):
     assert all(len(q[i].weight_quant(q[i].weight).unique()) <= 256 * (8 if per_channel else 1) for i in (0, 2))
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("name", "scale"), [("dorefa", 2.0), ("pact", 1.0), ("proxq", 0.1)])
+def test_eight_bits_keep_large_weights(name, scale, per_channel):
+    """Within twice the error of the best uniform quantizer of a Gaussian, where a tanh would bend the weights or a mean is lost."""
+    conv = nn.Conv2d(8, 8, 3)
+    with torch.no_grad():
+        conv.weight.copy_(scale * torch.randn(conv.weight.shape, generator=torch.Generator().manual_seed(0)))
+    q = quantize_model(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), conv), name, 8, 8, None, per_channel=per_channel)
+    calibrate(q, X[:, :3])
+    quant = q[2].weight_quant
+    assert (quant(conv.weight) - conv.weight).norm() / conv.weight.norm() < 2 * GAUSSIAN[8]
+    assert len(quant.codes(conv.weight).unique()) <= 256
+    state = {key: value for key, value in q.state_dict().items() if not key.endswith("weight_quant.input_scale")}
+    q.load_state_dict(state)  # a former version's
+
+
 def test_what_does_not_suit_is_named():
     """AlignQ makes any weights uniformly distributed; lsq at 8 bits is given as it is."""
     with pytest.warns(UserWarning, match=r"changes \d layers out of proportion .*most of all .*per_channel=True"):

@@ -3,7 +3,8 @@
 Some quantizers are made for layers with a BatchNorm behind them that is trained on: proxq drops a weight's mean, apot,
 alignq, dorefa and uniform its scale, dorefa and alignq clip activations at a fixed value. In a trained network that changes
 the function. Where the error is out of proportion to the bits, weights' values get a gain and an offset (for each scale
-those of least squares), and activations a range from data. Both are fixed: the values are as many as before.
+those of least squares), and activations a range from data. Weights that a tanh bends are first made small. All of this is fixed:
+the values are as many as before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lifequant.quantizers.base import FakeQuant, high_quantile
 GAUSSIAN = {2: 0.345, 3: 0.193, 4: 0.107, 5: 0.0591, 6: 0.0323, 8: 0.0094}
 FACTOR = 4  # an error more than this many times larger is out of proportion,
 LARGEST = 0.7  # and any that is larger than this
+REFIT = 2  # what is fitted, where it can be, is an error more than this many times larger
 
 
 @torch.no_grad()
@@ -31,23 +33,36 @@ def relative_error(quant: FakeQuant, x: Tensor) -> float:
     return float(error.norm() / size.norm()) if size.any() else 0.0
 
 
-def is_out_of_proportion(quant: FakeQuant, error: float) -> bool:
+def is_out_of_proportion(quant: FakeQuant, error: float, factor: float = FACTOR) -> bool:
     """Whether a relative error says that the tensor does not suit the quantizer, and not just its bits."""
-    return not error <= min(FACTOR * GAUSSIAN[quant.bits], LARGEST)
+    return not error <= min(factor * GAUSSIAN[quant.bits], LARGEST)
 
 
 @torch.no_grad()
 def refit_weight(quant: FakeQuant, weight: Tensor) -> None:
-    """Give a calibrated weight quantizer a gain and an offset if its values are out of proportion without."""
+    """Give a calibrated weight quantizer a gain and an offset if its error is large without, and a smaller input if
+    it still is."""
     if quant.output_gain is None:
         return
     quant.output_gain.fill_(1.0)
     quant.output_offset.fill_(0.0)
+    if quant.input_scale is not None:
+        quant.input_scale.fill_(1.0)
     weight = weight.float()
-    if not is_out_of_proportion(quant, relative_error(quant, weight)):
+    if not is_out_of_proportion(quant, relative_error(quant, weight), REFIT):
         return
+    _fit(quant, weight)
+    if quant.input_scale is not None and is_out_of_proportion(quant, relative_error(quant, weight), REFIT):
+        largest = quant.channel_rows(weight, getattr(quant, "channels", None)).abs().amax(1)
+        quant.input_scale.copy_(torch.where(largest > 0, largest / quant.straight_to, 1.0))
+        _fit(quant, weight)
+
+
+def _fit(quant: FakeQuant, weight: Tensor) -> None:
+    """Set gain and offset to those of least squares."""
     channels = getattr(quant, "channels", None)
-    x, y = (quant.channel_rows(value, channels).double() for value in (weight, quant.forward(weight)))
+    values = quant.quantize(quant.scaled_input(weight))
+    x, y = (quant.channel_rows(of, channels).double() for of in (weight, values))
     centered = y - y.mean(1, keepdim=True)
     spread = centered.square().sum(1)
     gain = torch.where(spread > 0, (centered * x).sum(1) / spread.clamp(min=torch.finfo(spread.dtype).tiny), 1.0)

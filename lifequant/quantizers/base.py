@@ -82,6 +82,7 @@ class FakeQuant(nn.Module):
     exceeds_bits = False  # gives more than 2^bits values; every report says so
     linear = False  # x_q is step() times the code, bit for bit, whatever else x holds
     keeps_range = True  # x_q is near x, whatever mean and scale x has
+    straight_to: float | None = None  # of a weight's: where |x| is at most this, x_q is nearly linear in x
     of_codes: tuple[str, ...] = ()  # names of parameters that say which code x has, and not what a code stands for
     weight_decay = False  # whether the optimizer decays its parameters, as PACT's L2 on the clipping level does
     tables: tuple[str, ...] = ()  # buffers that have no entry for each channel
@@ -122,6 +123,7 @@ class FakeQuant(nn.Module):
             self._buffers[name] = b.view(1) if b is not None and b.dim() == 0 else b
         if not self.keeps_range and of_weight:
             self.output_gain, self.output_offset = torch.ones(self.channels or 1), torch.zeros(self.channels or 1)
+            self.input_scale = None if self.straight_to is None else torch.ones(self.channels or 1)
         elif not self.keeps_range:
             self.input_scale = torch.ones(1)
         self.is_set = torch.tensor(self._calibrated)
@@ -156,14 +158,13 @@ class FakeQuant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``quantize(x)`` in the dtype of ``x``, computed in float32 where that is a half type: dividing in bfloat16 changes
         3 % of 4-bit codes and 23 % of 8-bit ones, and a small step is 0 in float16."""
-        value = x.float() if x.dtype in HALF else x
-        if self.input_scale is not None:
-            return (self.quantize(value / self.input_scale) * self.input_scale).to(x.dtype)
-        value = self.quantize(value)
+        value = self.quantize(self.scaled_input(x))
         if self.output_gain is not None:
             value = value * self.broadcast_channels(self.output_gain, x) + self.broadcast_channels(
                 self.output_offset, x
             )
+        elif self.input_scale is not None:
+            value = value * self.input_scale
         return value.to(x.dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class FakeQuant(nn.Module):
     def scaled_input(self, x: Tensor) -> Tensor:
         """What ``to_codes`` is given of an input ``x``: in float32 at least, over ``input_scale`` where there is one."""
         x = x.float() if x.dtype in HALF else x
-        return x if self.input_scale is None else x / self.input_scale
+        return x if self.input_scale is None else x / self.broadcast_channels(self.input_scale, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuant:
         """What moves or casts a module: the quantizer's own numbers stay in float32 where the module becomes a half type."""
@@ -202,7 +203,9 @@ class FakeQuant(nn.Module):
             return
         own.discard(prefix + "kind")
         if self.is_set is not None:
-            state_dict.setdefault(prefix + "is_set", torch.tensor(True))  # a former version's
+            state_dict.setdefault(prefix + "is_set", torch.tensor(True))  # a former version's, as what follows
+            if self.straight_to is not None:
+                state_dict.setdefault(prefix + "input_scale", torch.ones_like(self.input_scale))
             for name, p in self._parameters.items():
                 if (value := state_dict.get(prefix + name)) is not None and value.numel() == p.numel():
                     state_dict[prefix + name] = value.view(p.shape)

@@ -17,6 +17,7 @@ class DoReFaWeight(FakeQuant):
     """
 
     keeps_range = False
+    straight_to = 1 / 8  # there tanh x is x (1 - 0.005)
 
     def __init__(self, bits: int, channels: int | None = None) -> None:
         super().__init__(bits, 0, 2**bits - 1)
