@@ -123,6 +123,27 @@ def test_a_fork_is_the_run_alone(swept, images, tmp_path):
     assert [d for d in same_runs.differences(fork.folder, alone) if not known(d)] == []
 
 
+def test_what_a_failed_run_should_have_begun_is_begun_by_another(images, tmp_path):
+    """One of the runs that share its task 0 trains it for the rest, also if the sweep is called again."""
+    text = GRID[: GRID.index("[rows.bad]")].replace(
+        "[rows.replay]", '[rows.small]\nmethod = "replay"\nmemory_budget = "1kB"\n[rows.replay]'
+    )
+    grid, out = write(tmp_path, text), tmp_path / "out"
+    small, replay, more = grid_file.runs_of_grid(grid_file.read_grid(grid), out, "grid")
+    assert replay.after == more.after == (small.folder,)
+    ended = called(grid, images, out)
+    assert "2 of 3 runs finished" in ended.stdout and "--memory_budget 1,000 bytes" in ended.stdout, ended.stderr
+    config = json.loads((more.folder / "results.json").read_text())["config"]
+    assert (
+        config["start_task"] == 1
+        and not json.loads((replay.folder / "results.json").read_text())["config"]["start_task"]
+    )
+    shutil.rmtree(more.folder)
+    shutil.rmtree(replay.folder)
+    told = called(grid, images, out, "--dry_run").stdout
+    assert "3 runs, 2 to do" in told and told.count("after task 0 of another") == 1
+
+
 def known(difference: str) -> bool:
     """What says that a run is a fork, where it lies, and the curves of the task that it did not train."""
     return any(word in difference for word in ("start_task", "from_run", "csv_dir", "task0.pt/config", "curves"))
@@ -264,7 +285,7 @@ def test_search_takes_what_gains(monkeypatch, tmp_path):
     )
     found = search.parts(fake, gain=1.0, rounds=5)
     assert found["settings"] == {"x": 1, "a": 1, "b": 1} and found["score"] == 15
-    assert asked == [{"start"}, {"1 a a=1", "1 b b=1", "1 c c=1"}, {"2 b b=1"}]
+    assert asked == [{"start"}, {"1 so far", "1 a a=1", "1 b b=1", "1 c c=1"}, {"2 so far", "2 b b=1"}]
 
 
 def test_search_never_reads_a_test_image(images, tmp_path):

@@ -123,7 +123,10 @@ def parts(search: Search, gain: float, rounds: int) -> dict[str, Any]:
             for o in choices
             if {**chosen, **o} != chosen
         }
-        found = search.scores({name: {**chosen, **own} for name, (_, own) in rows.items()}) if rows else {}
+        so_far = f"{number} so far"  # has finished: what has its task 0 begins with it
+        trials = {so_far: chosen, **{name: {**chosen, **own} for name, (_, own) in rows.items()}}
+        found = search.scores(trials) if rows else {}
+        found.pop(so_far, None)
         tried += [{"round": number, "part": name, **row} for name, row in found.items()]
         scored = {name: row["score"] for name, row in found.items() if "score" in row}
         name = max(scored, key=scored.get, default=None)

@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from lifequant.common.text import duration, wrapped
 from lifequant.experiments import result_files
 from lifequant.experiments.estimate import GUESS, Estimate, said_left, spent
 from lifequant.experiments.executor import Executor, Local
-from lifequant.experiments.grid import Run, read_grid, runs_of_grid, task_seeds
+from lifequant.experiments.grid import Run, checked, forked, read_grid, runs_of_grid, task_seeds
 from lifequant.experiments.grid_tasks import write_tasks
 from lifequant.experiments.slurm import Slurm
 
@@ -58,20 +59,14 @@ class Sweep:
         executor: Executor,
         have: dict[str, dict[str, Any]],
     ) -> None:
-        self.runs, self.data_dir, self.out, self.view, self.executor, self.have = (
-            runs,
-            data_dir,
-            out,
-            view,
-            executor,
-            have,
-        )
-        self.estimate = Estimate(runs, data_dir, max(1, (os.cpu_count() or 1) // executor.slots))
+        self.data_dir, self.out, self.view, self.executor, self.have = data_dir, out, view, executor, have
+        self.runs = self.begun_anew(runs)
+        self.estimate = Estimate(self.runs, data_dir, max(1, (os.cpu_count() or 1) // executor.slots))
         self.times: dict[Path, float] = {}  # seconds of the finished runs
-        for run in runs:
+        for run in self.runs:
             if self.finished(run):
                 self.learn(run, None)
-        self.waiting = [run for run in runs if run.folder not in self.times and not self.failure(run)]
+        self.waiting = [run for run in self.runs if run.folder not in self.times and not self.failure(run)]
         self.going: dict[Path, tuple[Run, Any]] = {}
         self.began: dict[Path, float] = {}  # when those under way were started
         self.told = 0.0
@@ -90,12 +85,24 @@ class Sweep:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.have[run.folder.name]
 
     def failure(self, run: Run) -> str | None:
-        """The last line of a run that failed, or of the failed run that it should have begun from; None if none failed."""
+        """The last line of a run that failed, or of its source that failed; None if none did."""
         for folder in (run.folder, *run.after):
             file = self.out / "failed" / folder.name / "failed.txt"
-            if file.is_file():
+            if file.is_file() and folder != run.flags.get("from_run"):
                 return file.read_text(encoding="utf-8").strip()
         return None
+
+    def begun_anew(self, runs: list[Run]) -> list[Run]:
+        """``runs``, of which those that were to begin with task 0 of a run that failed train it themselves, one for all."""
+        found, leaders = [], []
+        for run in runs:
+            leader = run.flags.get("from_run")
+            if leader and (self.out / "failed" / leader.name / "failed.txt").is_file():
+                flags = {name: value for name, value in run.flags.items() if name not in ("start_task", "from_run")}
+                run = replace(run, flags=flags, after=tuple(folder for folder in run.after if folder != leader))
+                run = forked(run, checked(run, str(self.out)), leaders)
+            found.append(run)
+        return found
 
     def learn(self, run: Run, wall: float | None) -> None:
         """Note what a finished run took."""
@@ -174,6 +181,7 @@ class Sweep:
             run.folder.rename(kept)
             (kept / "failed.txt").write_text(f"exit code {code}: {line}\n", encoding="utf-8")
             tqdm.write(f"{run.name} failed: {line}")
+            self.waiting = self.begun_anew(self.waiting)
         bar.update()
 
 
