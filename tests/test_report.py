@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lifequant.common.arguments import run_main
-from lifequant.experiments import report, rows
+from lifequant.experiments import columns, report, rows
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,16 @@ def test_against_closed_forms():
     assert rows.spearman(x[:3], y[:3]) is None and rows.spearman(x, [1.0] * 6) is None
     constant = [rows.paired_t_test(values) for values in ([2.0], [0.0, 0.0], [1.0, 1.0])]
     assert constant == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(None, 3 * 2.1), (0.0, 3 * 2.1), (0.5, 3 * 3.0), (0.75, 3 * 5.0)])
+def test_thousands_of_images(share, expected):
+    """An epoch has each new image once; with a share of 0.5 as many stored ones, with 0.75 three times as many."""
+    run = results(num_epochs=3, train_batch_size=100)
+    run["config"] |= {} if share is None else {"replay_batch": share}
+    for task, stored in zip(run["tasks"], (0, 100), strict=True):
+        task.update(train_images=1000, replay_images=stored)
+    assert columns.thousand_images(run) == pytest.approx(expected)
 
 
 def test_means_and_bold(tmp_path, capsys):

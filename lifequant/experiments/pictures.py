@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lifequant.experiments import series
+from lifequant.experiments.columns import ACCURACY, FORGETTING, SPEED, TOTAL
 from lifequant.experiments.plotting import NORMAL, SMALL, WIDE, heat, legend, new_figure, set_limits, top_of_scale
-from lifequant.experiments.rows import ACCURACY, FORGETTING, SPEED, TOTAL, Row, Table
+from lifequant.experiments.rows import Row, Table
 from lifequant.experiments.series import Series
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#6A3D9A", "#7F7F7F",

@@ -6,13 +6,13 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lifequant.common.errors import UserError
 from lifequant.config import free_names
-from lifequant.experiments.compare import MEMORY, mean_shift
+from lifequant.experiments.columns import ACCURACY, FORGETTING, SHIFT, Metric
 from lifequant.experiments.grid_tasks import OF_THE_RUN
 from lifequant.results.table import not_b_bit
 
@@ -85,45 +85,6 @@ class Row:
     def mean(self, metric: Metric) -> float | None:
         values = self.values(metric)
         return statistics.fmean(values.values()) if values else None
-
-
-class Metric(NamedTuple):
-    """A column. ``better`` is 1 if more is better, -1 if less is better, 0 if the table names no best."""
-
-    name: str
-    head: str
-    digits: int
-    better: int
-    of: Callable[[dict[str, Any]], float | None]
-
-
-def masked(results: dict[str, Any]) -> float:
-    return statistics.fmean(results["top1_masked"][-1])
-
-
-def other_bytes(memory: dict[str, float]) -> float:
-    return sum(size for kind, size in memory.items() if kind not in MEMORY)
-
-
-def _bytes_of(kind: str) -> Callable[[dict[str, Any]], float]:
-    return lambda results: results["memory_bytes"].get(kind, 0) / 1000
-
-
-SCORES = (
-    Metric("average_accuracy", "average (Class-IL, %)", 2, 1, lambda r: r["average_accuracy"]),
-    Metric("task_masked_accuracy", "task-masked (Task-IL, %)", 2, 1, masked),
-    Metric("forgetting", "forgetting", 2, -1, lambda r: r["forgetting"]),
-    Metric("bwt", "BWT", 2, 1, lambda r: r["bwt"]),
-    Metric("space_shift", "space shift", 4, -1, lambda r: mean_shift(r["space_shift"])),
-)
-ACCURACY, FORGETTING, SHIFT = SCORES[0], SCORES[2], SCORES[4]
-COSTS = (
-    *(Metric(f"{kind}_kB", kind.replace("packed_", "") + " kB", 1, 0, _bytes_of(kind)) for kind in MEMORY),
-    Metric("other_kB", "other kB", 1, 0, lambda r: other_bytes(r["memory_bytes"]) / 1000),
-    Metric("total_kB", "total kB", 1, 0, lambda r: sum(r["memory_bytes"].values()) / 1000),
-    Metric("images_per_second", "images/s", 0, 0, lambda r: r["images_per_second"]),
-)
-TOTAL, SPEED = COSTS[-2], COSTS[-1]
 
 
 def settings(run: Run) -> dict[str, Any]:

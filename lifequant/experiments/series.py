@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lifequant.experiments.rows import TOTAL, Metric, Row, Table, error_growth
+from lifequant.experiments.columns import TOTAL, Metric
+from lifequant.experiments.rows import Row, Table, error_growth
 
 LONGEST = 30  # letters of a row's name
 

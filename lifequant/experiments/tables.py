@@ -8,20 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from lifequant.experiments.columns import ACCURACY, COSTS, FORGETTING, SCORES, Metric
 from lifequant.experiments.compare import number
-from lifequant.experiments.rows import (
-    ACCURACY,
-    COSTS,
-    FORGETTING,
-    IMAGES,
-    LEVEL,
-    SCORES,
-    Metric,
-    Row,
-    Table,
-    paired_t_test,
-    task_sizes,
-)
+from lifequant.experiments.rows import IMAGES, LEVEL, Row, Table, paired_t_test, task_sizes
 
 MARK = "†"
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -31,7 +20,8 @@ average: mean top-1 over all tasks after the last one, choosing among all classe
 task-masked: the same, choosing among a task's own classes (task-incremental, Task-IL).
 forgetting: points lost since a task was best, before the last one. BWT: points on a task after the last one, less those
 just after it was learned. space shift: RMSE between the quantized weights at the ends of two tasks, mean over layers and
-pairs of tasks. kB: 1000 bytes; the packed model, and what is kept between tasks beside it. n: seeds; ± is the standard
+pairs of tasks. kB: 1000 bytes; the packed model, and what is kept between tasks beside it. trained on: new and stored images
+of all epochs, in thousands (of the source none). n: seeds; ± is the standard
 deviation over them (n - 1). images/s: in training, on the machine each run had."""
 
 
