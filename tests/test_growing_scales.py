@@ -50,15 +50,18 @@ def longer(fc: nn.Linear, classes: int) -> nn.Linear:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", registry.names("quantizer"))
 def test_old_and_new_channels(name, bits):
-    """The old logits stay to the bit. The new channels are those of a layer of their own that was never another."""
+    """The old channels stay to the bit, and so their logits, up to the order in which a product adds: another number of outputs
+    may be another kernel. The new channels are those of a layer of their own that was never another."""
     for classes in (2, 15):  # APoT's table has 15 levels at 4 bits
         q = network(name, classes, first_last_bits=bits)
-        before, scales = q(X).detach(), q.fc.weight_quant.scale().clone()
+        before, values = q(X).detach(), q.fc.weight_quant(q.fc.weight).detach()
+        scales = q.fc.weight_quant.scale().clone()
         new = longer(q.fc, classes + 3)
         q.fc.weight, q.fc.bias = new.weight, new.bias
         q.fc.out_features = classes + 3
         quant = q.fc.weight_quant
-        assert torch.equal(q(X)[:, :classes], before) and torch.equal(quant.scale()[:classes], scales)
+        assert torch.equal(quant(q.fc.weight)[:classes], values) and torch.equal(quant.scale()[:classes], scales)
+        torch.testing.assert_close(q(X)[:, :classes].detach(), before, rtol=1e-5, atol=1e-5)
         alone = network(name, classes=3, first_last_bits=bits).fc
         alone.weight.data.copy_(new.weight[classes:])
         alone.weight_quant.calibrate(alone.weight.detach())
