@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lifequant.common.arguments import run_main
+from lifequant.common.errors import UserError
 from lifequant.experiments import columns, report, rows
 
 
@@ -86,6 +88,15 @@ def test_thousands_of_images(share, expected):
     for task, stored in zip(run["tasks"], (0, 100), strict=True):
         task.update(train_images=1000, replay_images=stored)
     assert columns.thousand_images(run) == pytest.approx(expected)
+
+
+def test_coded_images_have_bytes_of_their_own():
+    """Seeds store other images, whose codes are of other sizes; raw ones of other sizes are another setting."""
+    for codec in ("webp", "raw"):
+        runs = [rows.Run("row", f"{seed}", results(seed, replay_codec=codec)) for seed in range(2)]
+        runs[1].results["memory_bytes"]["replay"] += 7
+        with contextlib.nullcontext() if codec == "webp" else pytest.raises(UserError, match="bytes of replay differs"):
+            assert len(rows.group(runs)) == 1
 
 
 def test_means_and_bold(tmp_path, capsys):

@@ -102,8 +102,9 @@ def settings(run: Run) -> dict[str, Any]:
         return kept | {"[tasks] of the grid": made}
     for images in IMAGES:
         kept[f"{images} a task"] = [task[images] for task in tasks]
-    # Not their images a task: how many of the stored ones have a class that the task lacks goes by the seed.
-    kept["bytes of replay"] = run.results["memory_bytes"]["replay"]
+    # Not their images a task: how many of the stored ones have a class that the task lacks goes by the seed. So do coded bytes.
+    if run.config.get("replay_codec", "raw") in ("raw", "bits4"):
+        kept["bytes of replay"] = run.results["memory_bytes"]["replay"]
     return kept
 
 
