@@ -75,8 +75,10 @@ def arithmetic(config: Config, device: torch.device) -> str:
 
 def lacks_bfloat16(device: torch.device) -> bool:
     """Whether this is an x86 CPU without bfloat16 instructions, on which torch emulates them."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return device.type == "cpu" and x86 and not (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return not any(getattr(cpu, name, lambda: True)() for name in names)  # a torch that can't tell is believed
 
 
 @contextmanager
