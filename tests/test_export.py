@@ -134,8 +134,9 @@ def test_every_quantizer_in_every_form(nine, tmp_path, integer, weights):
         size = expected[:, at].std()
         if integer == "exact":  # a value in the middle of two codes may be rounded either way
             assert np.median(error) < 1e-5 * size and (error > 1e-4 * size).mean() < 0.1, name
-        else:
-            assert np.sqrt((error**2).mean()) < 0.15 * size, name
+        else:  # without VNNI, onnxruntime adds two products of 8-bit codes in 16 bits, which saturate
+            limit = 0.15 if torch.cpu._is_vnni_supported() else 0.3
+            assert np.sqrt((error**2).mean()) < limit * size, name
     convolutions = 3 * len(QUANTIZERS)
     if integer == "fast":
         assert (made.integer_convolutions, made.float_convolutions) == (convolutions, 0)
