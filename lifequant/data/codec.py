@@ -4,8 +4,8 @@
 - ``jpeg``: color at half the resolution (4:2:0), the standard's Huffman tables
 - ``bits4``: the nearest of 16 levels of each channel, two to a byte
 
-What is the same in each file is not stored: WebP's container (20 bytes), JPEG's tables and headers (some 620). They follow from
-the codec, the size of the image and the quality.
+What is the same in each file is not stored: WebP's container, JPEG's tables and headers. They follow from the codec,
+the size of the image and the quality.
 
 A coded image is a function of its pixels, the quality and the encoder's version, so it may be coded anew as often as it is needed.
 """

@@ -187,19 +187,28 @@ def task_sizes(rows: Sequence[Row], images: str) -> list[tuple[int, int]]:
     return [(min(sizes), max(sizes)) for sizes in zip(*found, strict=True)]
 
 
+def by_budget(rows: Sequence[Row]) -> list[tuple[int | None, list[Row]]]:
+    """(budget, its rows), the smallest first; (None, all rows) where some have none."""
+    budgets = {row.budget for row in rows}
+    if None in budgets:
+        return [(None, list(rows))]
+    return [(budget, [row for row in rows if row.budget == budget]) for budget in sorted(budgets)]
+
+
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """A table for each bit-width, data set and budget of bytes."""
-    found: dict[tuple[int, str, int], list[Row]] = {}
+    """A table for each bit-width and data set, and for each budget of bytes where all rows have one."""
+    found: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         config, common = row.first.config, settings(row.first)
         same = ("dataset", "image_size", "classes a task", "train_images a task", "test_images a task")
         data = [common.get(key) for key in same]
         tasks = [common.get("[tasks] of the grid"), common.get("domains")]
         key = json.dumps([config["bitW"], config["abitW"], *data, *tasks], sort_keys=True)
-        found.setdefault((-config["bitW"], key, row.budget or 0), []).append(row)
+        found.setdefault((-config["bitW"], key), []).append(row)
     result: list[Table] = []
     names: Counter[str] = Counter()
-    for (_, key, budget), members in sorted(found.items(), key=lambda item: item[0]):
+    parts = [(key, *part) for (_, key), members in sorted(found.items()) for part in by_budget(members)]
+    for key, budget, members in parts:
         bits, activations = (members[0].first.config[name] for name in ("bitW", "abitW"))
         alone = bits == activations
         name = f"{bits}bit" if alone else f"w{bits}a{activations}"

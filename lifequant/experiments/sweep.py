@@ -87,17 +87,20 @@ class Sweep:
     def failure(self, run: Run) -> str | None:
         """The last line of a run that failed, or of its source that failed; None if none did."""
         for folder in (run.folder, *run.after):
-            file = self.out / "failed" / folder.name / "failed.txt"
-            if file.is_file() and folder != run.flags.get("from_run"):
+            if folder != run.flags.get("from_run") and (file := self.failed_file(folder)).is_file():
                 return file.read_text(encoding="utf-8").strip()
         return None
+
+    def failed_file(self, folder: Path) -> Path:
+        """Where the last line of the run of this folder is, if it failed."""
+        return self.out / "failed" / folder.name / "failed.txt"
 
     def begun_anew(self, runs: list[Run]) -> list[Run]:
         """``runs``, of which those that were to begin with task 0 of a run that failed train it themselves, one for all."""
         found, leaders = [], []
         for run in runs:
             leader = run.flags.get("from_run")
-            if leader and (self.out / "failed" / leader.name / "failed.txt").is_file():
+            if leader and self.failed_file(leader).is_file():
                 flags = {name: value for name, value in run.flags.items() if name not in ("start_task", "from_run")}
                 run = replace(run, flags=flags, after=tuple(folder for folder in run.after if folder != leader))
                 run = forked(run, checked(run, str(self.out)), leaders)
@@ -175,7 +178,7 @@ class Sweep:
             self.waiting.append(run)
             return
         else:
-            kept = self.out / "failed" / run.folder.name
+            kept = self.failed_file(run.folder).parent
             shutil.rmtree(kept, ignore_errors=True)
             kept.parent.mkdir(exist_ok=True)
             run.folder.rename(kept)

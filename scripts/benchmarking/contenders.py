@@ -40,8 +40,9 @@ def known_rows() -> list[str]:
     """All rows: those by default, and what they leave out."""
     rows = default_rows()
     more = [row.removesuffix("_compiled") + "_eager" for row in rows if row.endswith("_compiled")]
-    ours = list(dict.fromkeys([*(row for row in rows if row not in (*PEERS, PUBLISHED)), *more]))
-    return [*ours, *(row + BF16 for row in ours), *PEERS, *(f"{peer}_compiled" for peer in PEERS), PUBLISHED]
+    known = dict.fromkeys([*rows, *more])
+    half = [row + BF16 for row in known if row not in (*PEERS, PUBLISHED)]
+    return [*known, *half, *(f"{peer}_compiled" for peer in PEERS)]
 
 
 def choose(patterns: Sequence[str], known: Sequence[str] | None = None) -> list[str]:
