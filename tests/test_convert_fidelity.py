@@ -80,7 +80,7 @@ def test_eight_bits_keep_large_weights(name, scale, per_channel):
     conv = nn.Conv2d(8, 8, 3)
     with torch.no_grad():
         drawn = torch.randn(conv.weight.shape, generator=torch.Generator().manual_seed(0))
-        conv.weight.copy_(scale * (drawn + 0.03))
+        conv.weight.copy_(scale * (drawn - drawn.mean() + 0.03))
     q = quantize_model(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), conv), name, 8, 8, None, per_channel=per_channel)
     calibrate(q, X[:, :3])
     quant = q[2].weight_quant
