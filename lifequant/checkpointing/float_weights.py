@@ -85,6 +85,7 @@ def load_float(
         tensors = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", name): value for name, value in tensors.items()}
     tensors = {name: value for name, value in tensors.items() if not name.startswith(AUXILIARY)}
     tensors = torchvision_models.fitted_positions(config.target_model, config.image_size, tensors, state)
+    tensors = _with_our_head_name(net, tensors)
     new = _other_head(net, tensors)
     for name in new:
         del tensors[name]
@@ -110,9 +111,24 @@ def load_float(
     return net.state_dict()
 
 
+def _with_our_head_name(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with the head's name as ours where theirs is another one (``linear.weight`` for ``fc.weight``)."""
+    head = _head(net)[0]
+    theirs = {name.rpartition(".")[0] for name in tensors.keys() - net.state_dict().keys()}
+    if len(theirs) != 1 or any(name.startswith(f"{head}.") for name in tensors):
+        return tensors
+    (other,) = theirs
+    return {name.replace(f"{other}.", f"{head}.", 1) if name.startswith(f"{other}.") else name: value
+            for name, value in tensors.items()}  # fmt: skip
+
+
+def _head(net: nn.Module) -> tuple[str, nn.Module]:
+    return [(name, m) for name, m in net.named_modules() if isinstance(m, TORCH_LAYERS)][-1]
+
+
 def _other_head(net: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the head's tensors, if they are of another class count."""
-    name, head = [(name, m) for name, m in net.named_modules() if isinstance(m, TORCH_LAYERS)][-1]
+    name, head = _head(net)
     own = {f"{name}.{key}": value for key, value in head.state_dict().items()}
     other = any(key in tensors and len(tensors[key]) != len(value) for key, value in own.items() if value.dim())
     return [key for key in own if key in tensors] if other else []

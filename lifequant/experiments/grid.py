@@ -10,7 +10,7 @@ task_seed = 0                  # the generator's --seed: the class order and the
 images_per_class = 100         # and held_out = 0.2 where a share of them is to stand for the test images
                                # (domains = ["clean", "grey"] in place of num_tasks and diminish_rate: a task a domain)
 [source]                       # the 32-bit model of task 0 that all runs begin from, one a seed; may be left out
-num_epochs = 20
+num_epochs = 20                # or file = "weights.pth", float weights of elsewhere, with sha256 = "..." where they are to be these
 [flags]                        # flags of all runs; lists are taken in all combinations
 bitW = [4, 2]
 seed = [0, 1, 2]
@@ -184,6 +184,10 @@ def planned(name: str, flags: dict[str, Any], grid: dict[str, Any], out: Path, w
         raise UserError(f"{where}: {name}: {taken[0]} is the sweep's own to set: leave it out")
     if not wanted:
         return Run(name, flags, tasks, run_folder_of(flags, tasks, None, out, where, name)), None
+    if "file" in grid["source"]:
+        flags["source_file"] = Path(grid["source"]["file"]).expanduser()
+        folder = run_folder_of(flags, tasks, file_key(grid["source"], where), out, where, name)
+        return Run(name, flags, tasks, folder), None
     inherited = {key: flags[key] for key in LIKE_THE_RUNS if key in flags}
     base = {"method": "original", "bitW": 32, "num_tasks": 1, "seed": flags.get("seed", 0)}
     settings = {**inherited, **base, **grid["source"]}
@@ -192,6 +196,21 @@ def planned(name: str, flags: dict[str, Any], grid: dict[str, Any], out: Path, w
     folder = run_folder_of(flags, tasks, source.folder.name, out, where, name)
     flags["source_file"] = source.folder / "model_best.pt"
     return Run(name, flags, tasks, folder, (source.folder,)), source
+
+
+def file_key(source: dict[str, Any], where: str) -> str:
+    """Eight hexadecimal digits that stand for the file that all runs begin from. Raises UserError if it is another one."""
+    path, named = Path(source["file"]).expanduser(), str(source.get("sha256", ""))
+    if unknown := sorted(set(source) - {"file", "sha256"}):
+        raise UserError(f"{where}: [source] has a file, so it can't have {unknown[0]!r} (known: file, sha256)")
+    if not path.is_file():
+        if len(named) < 8:
+            raise UserError(f"{where}: [source]: no file {path}")
+        return named[:8]  # enough to plan the runs, and to know their results
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not found.startswith(named):
+        raise UserError(f"{where}: [source]: {path} is another file: its sha256 is {found}, not {named}")
+    return found[:8]
 
 
 def run_folder_of(
