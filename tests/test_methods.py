@@ -71,22 +71,23 @@ def test_distillation_of_nothing(dtype):
     torch.testing.assert_close(loss, expected)
 
 
-def test_er_ace():
-    """Each image in a loop: a new one among the classes of the batch's new ones, a replay image among all.
+@pytest.mark.parametrize(("stored", "counted"), [(3, [0, 2]), (6, [0, 2, 4, 5])])
+def test_er_ace(stored, counted):
+    """The mean over terms, in a loop: a new image among the classes of the batch's new ones, a stored one among all.
 
-    Three stored images a class, six new ones: half of the batch's four new images, the first, count as stored ones.
+    There are six new images a class. With three stored ones a class, two of the batch's four new images are held against all
+    classes as well; with six, all four are. They keep their own loss.
     """
     method, task = make("er_ace"), make_task(1)
+    task.replay = torch.tensor([i for i in range(3 * stored) if i % 3 < 2])
     method.begin_task(network(), task)
     phi = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0)).double()
     y, replay = torch.tensor([3, 0, 2, 1, 3, 2]), torch.tensor([False, True, False, True, False, False])
     rows = torch.arange(6)
-    expected = 0.0
-    for place, (logits, label) in enumerate(zip(phi, y, strict=True)):
-        classes = list(range(CLASSES)) if place in (0, 1, 2, 3) else [2, 3]
-        expected += -logits[classes].log_softmax(0)[classes.index(label)].item() / 6
+    terms = [(i, list(range(CLASSES))) for i in (1, 3, *counted)] + [(i, [2, 3]) for i in (0, 2, 4, 5)]
+    expected = [-phi[i][classes].log_softmax(0)[classes.index(y[i])].item() for i, classes in terms]
     found = method.task_loss(phi, Batch(rows, y, replay, rows))
-    assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert found.item() == pytest.approx(sum(expected) / len(terms), rel=1e-12)
     assert abs(found.item() - F.cross_entropy(phi, y).item()) > 0.1
 
 
