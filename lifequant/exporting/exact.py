@@ -34,11 +34,8 @@ def make_exact(graph: Graph, integer: bool = True) -> None:
 def _convolution(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -> None:
     stored, scale = array(weight.inputs[0]), array(weight.inputs[1]).astype(np.float64)
     shape = (1, -1, *[1] * (stored.ndim - 2))
-    zeros = [graph.constant(np.uint8(value), "zero") for value in (number(codes, "zero"), 128)]
-    # onnxruntime's kernel for signed weights is slower, and version 1.20 has none
-    unsigned = graph.constant((stored.astype(np.int16) + 128).astype(np.uint8), "codes")
     kept = {a.name: a for a in node.attributes.values()}
-    inputs = [codes.inputs[0], unsigned, *zeros]
+    inputs = [codes.inputs[0], *_unsigned(graph, stored, codes)]
     sums = graph.add(node, "ConvInteger", inputs, ir.DataType.INT32, **kept)
     sums.shape = node.outputs[0].shape
     bias = np.zeros(stored.shape[0]) if len(node.inputs) < 3 or node.inputs[2] is None else array(node.inputs[2])
@@ -48,6 +45,17 @@ def _convolution(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -
             node, codes, stored
         )
     _finish(graph, node, sums, number(codes, "scale") * scale.reshape(shape if scale.ndim else ()), bias)
+
+
+def _unsigned(graph: Graph, stored: np.ndarray, codes: ir.Node) -> list[ir.Value]:
+    """(weights as uint8 codes, zero point of the input, zero point of the weights).
+
+    onnxruntime's kernels for int8 weights saturate on a CPU without VNNI. Its ConvInteger for them is slower, and version
+    1.20 has none.
+    """
+    weights = (stored.astype(np.int16) + 128).astype(np.uint8)
+    zeros = [graph.constant(np.uint8(value), "zero") for value in (number(codes, "zero"), 128)]
+    return [graph.constant(weights, "codes"), *zeros]
 
 
 def _reached(node: ir.Node, codes: ir.Node, stored: np.ndarray) -> np.ndarray:
@@ -69,7 +77,7 @@ def _product(graph: Graph, node: ir.Node, codes: ir.Node, weight: ir.Node) -> No
     ):
         return
     matrix = np.ascontiguousarray(stored.T) if turned else stored
-    inputs = [codes.inputs[0], graph.constant(matrix, "codes"), graph.constant(np.uint8(number(codes, "zero")), "zero")]
+    inputs = [codes.inputs[0], *_unsigned(graph, matrix, codes)]
     sums = graph.add(node, "MatMulInteger", inputs, ir.DataType.INT32)
     sums.shape = node.outputs[0].shape
     bias = np.zeros(()) if len(node.inputs) < 3 or node.inputs[2] is None else array(node.inputs[2])

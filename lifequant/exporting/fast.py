@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lifequant.exporting.deploy import DOMAIN
-from lifequant.exporting.graph import Graph, array, number, only_user, placeholder_of
+from lifequant.exporting.graph import MOVING, Graph, array, made_by, number, only_user, placeholder_of
 
 Range = tuple[float, float]
 SMALLEST = 1e-30  # scale of a channel that gives 0
+SUM_OF_TWO = 2**15 - 1  # onnxruntime's kernels for signed weights add two products in 16 bits on a CPU without VNNI
 
 
 def make_fast(graph: Graph, measure: Callable[[list[str]], Mapping[str, Range]], wide: bool = True) -> None:
@@ -102,7 +103,9 @@ def _store_bias(graph: Graph, node: ir.Node, wide: bool) -> None:
     if codes is None or weight is None or bias is None or number(codes, "offset"):
         return
     stored, scale = array(weight.inputs[0]), array(weight.inputs[1]).astype(np.float64)
-    room = int(np.log2(127 / max(int(np.abs(stored.astype(int)).max()), 1))) if wide else 0
+    most = SUM_OF_TWO // (2 * _highest_code(codes))
+    largest = max(int(np.abs(stored.astype(int)).max()), 1)
+    room = int(np.log2(min(127, max(most, largest)) / largest)) if wide else 0
     scale = np.broadcast_to(scale / 2**room, bias.shape)
     wider = np.maximum(scale, np.abs(bias) / 2**30 / number(codes, "scale")).clip(min=SMALLEST)
     fitted = stored * (2**room * scale / wider).reshape(-1, *[1] * (stored.ndim - 1))
@@ -110,10 +113,24 @@ def _store_bias(graph: Graph, node: ir.Node, wide: bool) -> None:
         graph.constant(np.rint(fitted).astype(np.int8), "codes"),
         graph.constant(wider.astype(np.float32), "scale"),
     ]
-    node.replace_input_with(1, graph.add(node, "Weight", inputs, ir.DataType.FLOAT, DOMAIN, axis=0))
+    signed = int(largest * 2**room <= most)
+    node.replace_input_with(1, graph.add(node, "Weight", inputs, ir.DataType.FLOAT, DOMAIN, axis=0, signed=signed))
     unit = wider * number(codes, "scale")
     inputs = [
         graph.constant(np.rint(bias / unit).astype(np.int32), "bias"),
         graph.constant(unit.astype(np.float32), "scale"),
     ]
     node.replace_input_with(2, graph.add(node, "DequantizeLinear", inputs, ir.DataType.FLOAT, axis=0))
+
+
+def _highest_code(codes: ir.Node) -> int:
+    """The highest code that a Dequantize may be given; 255 where something other than a quantizer gives it."""
+    value = codes.inputs[0]
+    while (mover := made_by(value, *MOVING)) is not None:
+        value = mover.inputs[0]
+    made = placeholder_of(value, "Quantize")
+    return (
+        255
+        if made is None
+        else max(int(number(made, "high")) + int(number(made, "zero")), int(number(codes, "zero")), 1)
+    )

@@ -66,14 +66,18 @@ def _weight(graph: Graph, node: ir.Node, int4: bool, in_float: bool) -> ir.Value
         codes, scale, offset = (codes - 1) // 2, 2 * scale, scale.reshape(shape)  # odd codes: 2 j + 1
     if int4 and codes.min() >= -8 and codes.max() <= 7:
         codes = codes.astype(ml_dtypes.int4)
+    unsigned = not number(node, "signed", 1) and codes.dtype == np.int8
+    if unsigned:  # the kernels for unsigned weights are right on every CPU
+        codes = (codes.astype(np.int16) + 128).astype(np.uint8)
     stored = graph.constant(codes, "codes")
     if in_float:
         value = graph.add(node, "Cast", [_int8(graph, node, stored)], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
         value = graph.add(node, "Mul", [value, _float(graph, scale.reshape(shape if scale.ndim else ()), "scale")])
     else:
         inputs = [stored, _float(graph, scale, "scale")]
-        if scale.ndim and any(use.node.op_type == "Gemm" for use in node.outputs[0].uses()):
-            inputs.append(graph.constant(np.zeros(scale.shape, codes.dtype), "zero"))  # onnxruntime's QGemm wants it
+        in_gemm = scale.ndim and any(use.node.op_type == "Gemm" for use in node.outputs[0].uses())
+        if in_gemm or unsigned:  # onnxruntime's QGemm wants it, zeros too
+            inputs.append(graph.constant(np.full(scale.shape, 128 * unsigned, codes.dtype), "zero"))
         value = graph.add(node, "DequantizeLinear", inputs, ir.DataType.FLOAT, axis=axis)
     return value if offset is None else graph.add(node, "Add", [value, _float(graph, offset, "offset")])
 

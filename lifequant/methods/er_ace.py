@@ -31,7 +31,9 @@ class ERACE(LifelongMethod):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.share: Tensor | None = None  # float32 [], of a batch's new images: those that have the stored images' loss too; 2 where none is stored
+        self.share: Tensor | None = (
+            None  # float32 [], of a batch's new images: those that have the stored images' loss too; 2 where none is stored
+        )
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         super().begin_task(model, task)

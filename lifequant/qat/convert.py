@@ -126,6 +126,8 @@ def quantize_model(
 
 
 def _family(quantizer: str | Quantizer) -> Quantizer:
+    if isinstance(quantizer, int):  # quantize_model(model, 4)
+        raise UserError(f"quantize_model: {quantizer} is no quantizer's name; bits are weight_bits= and act_bits=")
     return registry.quantizer(quantizer) if isinstance(quantizer, str) else quantizer
 
 
