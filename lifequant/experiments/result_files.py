@@ -82,7 +82,8 @@ def results_below(folder: Path, needed: Iterable[str]) -> list[tuple[Path, dict[
 def compact(folder: Path) -> str:
     """The content of a runs.jsonl for all runs below ``folder``: one run a line, without what tables do not show.
 
-    Code histograms are kept of the weights of each row's first seed, which the picture shows.
+    Code histograms are kept of the weights of each row's first seed, which the picture shows. Space shifts are rounded: tables
+    have four digits of their mean.
     """
     lines = []
     for path, results in results_below(folder, NEEDED):
@@ -92,6 +93,10 @@ def compact(folder: Path) -> str:
             name: histogram
             for name, histogram in results.get("code_histograms", {}).items()
             if first and name.endswith(".weight_quant")
+        }
+        kept["space_shift"] = {
+            layer: [[round(value, 6) for value in row] for row in matrix]
+            for layer, matrix in results["space_shift"].items()
         }
         run = path.parent.relative_to(folder).as_posix()
         lines.append(json.dumps({"run": run, **kept}, separators=(",", ":"), allow_nan=False))
