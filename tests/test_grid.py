@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 from PIL import Image
 from test_sweep import GRID, called, write
@@ -37,6 +39,31 @@ def test_tasks_have_a_seed_of_their_own(tmp_path):
     assert len({*keys[0], *keys[1], *keys[2]}) == 4
     said = [grid_file.task_seeds(found) for found in (fixed, own)]
     assert said[0].endswith("made with seed 0, the same for all runs") and "own seed (0, 1)" in said[1]
+
+
+def test_a_source_from_elsewhere(tmp_path):
+    """All runs begin from a file. Their keys follow from its content, and can be had without it where the grid says its hash."""
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"some weights")
+    full = hashlib.sha256(b"some weights").hexdigest()
+
+    def runs(source: str) -> list[grid_file.Run]:
+        text = GRID.replace("[flags]", f"[source]\n{source}\n[flags]")
+        return grid_file.runs_of_grid(grid_file.read_grid(write(tmp_path, text)), tmp_path, "grid")
+
+    plain = runs(f'file = "{weights}"')
+    assert all(run.flags["source_file"] == weights and not run.after and not run.is_source for run in plain[:1])
+    for source in (f'file = "{weights}"\nsha256 = "{full}"', f'file = "gone.pth"\nsha256 = "{full[:8]}"'):
+        assert [run.folder for run in runs(source)] == [run.folder for run in plain]
+    weights.write_bytes(b"other weights")
+    assert runs(f'file = "{weights}"')[0].folder != plain[0].folder
+    for source, said in (
+        (f'file = "{weights}"\nsha256 = "{full}"', "is another file"),
+        ('file = "gone.pth"', "no file gone.pth"),
+        (f'file = "{weights}"\nnum_epochs = 3', "can't have 'num_epochs'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            runs(source)
 
 
 def test_seeds_with_tasks_of_other_sizes_are_reported(tmp_path):

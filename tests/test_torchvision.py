@@ -159,6 +159,22 @@ def test_weights_of_elsewhere(form, tmp_path):
     assert all(torch.equal(v, own[k] if k.startswith("fc.") else theirs.state_dict()[k]) for k, v in state.items())
 
 
+@pytest.mark.parametrize("classes", [10, 4])
+def test_a_head_of_another_name(classes):
+    """The names of a well-known ResNet-20 for CIFAR-10: ``module.`` before all, and ``linear`` for the head."""
+    config = options.make(method="original", bitW=32)
+    theirs = build_float(config, 10).state_dict()
+    tensors = float_weights.state_dict_in(
+        {"best_prec1": 91.7, "state_dict": {"module." + n.replace("fc.", "linear."): v + 1 for n, v in theirs.items()}},
+        "x",
+    )
+    state = float_weights.load_float("x", tensors, config, classes, print)
+    assert torch.equal(state["fc.weight"], theirs["fc.weight"] + 1) == (classes == 10)
+    assert torch.equal(state["layer3.2.conv2.weight"], theirs["layer3.2.conv2.weight"] + 1)
+    with pytest.raises(UserError, match=r"projection\.weight is not in resnet20"):
+        float_weights.load_float("x", {**tensors, "projection.weight": torch.ones(2, 2)}, config, 10, print)
+
+
 def test_source_file(tiny, tmp_path, capsys):
     """From the command line; what does not fit is named, and nothing is left behind."""
     theirs = torchvision.models.shufflenet_v2_x0_5(num_classes=6)

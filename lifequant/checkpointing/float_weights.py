@@ -112,13 +112,16 @@ def load_float(
 
 
 def _with_our_head_name(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with the head's name as ours where theirs is another one (``linear.weight`` for ``fc.weight``)."""
-    head = _head(net)[0]
+    """The tensors, with our name of the head where theirs is another one (``linear.weight`` for ``fc.weight``)."""
+    head, module = _head(net)
     theirs = {name.rpartition(".")[0] for name in tensors.keys() - net.state_dict().keys()}
-    if len(theirs) != 1 or any(name.startswith(f"{head}.") for name in tensors):
+    if len(theirs) != 1 or f"{head}.weight" in tensors:
         return tensors
-    (other,) = theirs
-    return {name.replace(f"{other}.", f"{head}.", 1) if name.startswith(f"{other}.") else name: value
+    before = f"{theirs.pop()}."
+    weight = tensors.get(f"{before}weight")
+    if weight is None or weight.shape[1:] != module.weight.shape[1:]:
+        return tensors
+    return {f"{head}.{name.removeprefix(before)}" if name.startswith(before) else name: value
             for name, value in tensors.items()}  # fmt: skip
 
 
