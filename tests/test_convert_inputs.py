@@ -50,8 +50,8 @@ def test_whose_form_it_is():
         assert type(input_quantizer(family, 32, signed=True)) is nn.Identity
     quant = LSQInput(4)
     assert (quant.qn, quant.qp) == (-8, 7) and quant(torch.zeros(0, 3)).shape == (0, 3)
-    quant.calibrate(torch.tensor([[-3.0, 1.0]]))
-    assert quant.step_size.item() == pytest.approx(min(2 * 2 / 7**0.5, 3 / 7))
+    quant.calibrate(torch.tensor([[-8.0, 1.0]]))
+    assert quant.step_size.item() == pytest.approx(1)
 
 
 # Which inputs

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.quantizers.alignq import AlignQActivation
-from lifequant.quantizers.base import STEP_FLOOR, Quantizer
+from lifequant.quantizers.base import STEP_FLOOR, Quantizer, sample
 from lifequant.quantizers.dorefa import DoReFaActivation
 from lifequant.quantizers.llsq import LLSQ, LLSQActivation
-from lifequant.quantizers.lsq import LSQ, LSQActivation
+from lifequant.quantizers.lsq import LSQ, LSQActivation, least_error
 from lifequant.quantizers.lsqplus import LSQPlusActivation
 
 
 class LSQInput(LSQ):
-    """Signed: codes -2^(b-1) .. 2^(b-1)-1. Data that are zero throughout say nothing; the values then reach to 1."""
+    """Signed: codes -2^(b-1) .. 2^(b-1)-1. Initial step: that of least squared error, as for a ReLU. Data that are zero
+    throughout say nothing; the values then reach to 1."""
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -24,9 +25,9 @@ class LSQInput(LSQ):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        super().calibrate(x)
-        if not x.any():
-            self.step_size.fill_(1 / self.qp)
+        self.refuse_non_finite(x)
+        size = least_error(sample(x[x != 0]), self.qn, self.qp)[0] if x.any() else 1 / self.qp
+        self.step_size.fill_(max(size, STEP_FLOOR))
 
 
 class LLSQInput(LLSQ):

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.quantizers.base import STEP_FLOOR, Quantizer, sample, scale_gradient
-from lifequant.quantizers.lsq import LSQActivation, LSQWeight
+from lifequant.quantizers.lsq import LSQActivation, LSQWeight, least_error
 from lifequant.registry import register
-
-RANGES, ROUNDS = 16, 12  # of the search for activations' step and offset
 
 
 class LSQPlusWeight(LSQWeight):
@@ -50,33 +48,9 @@ class LSQPlusActivation(LSQActivation):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        size, offset = least_error(sample(x), self.qp)
+        size, offset = least_error(sample(x), 0, self.qp, offset=True)
         self.step_size.fill_(max(size, STEP_FLOOR))
         self.offset.fill_(offset)
-
-
-def least_error(values: Tensor, qp: int) -> tuple[float, float]:
-    """(s, b) with a small mean squared error of s * clamp(round((v - b) / s), 0, qp) + b on ``values`` [N].
-
-    From each of a few ranges: codes for (s, b), then the line (s, b) of least squares through (code, value), in turns;
-    neither turn can increase the error.
-    """
-    low, high = values.min().double(), values.max().double()
-    width = high - low
-    if width == 0:
-        return 0.0, low.item()
-    v = (values.double() - low) / width  # in [0, 1], whatever the unit
-    s = torch.linspace(1 / RANGES, 1, RANGES, dtype=v.dtype, device=v.device)[:, None] / qp
-    b = torch.zeros_like(s)
-    for _ in range(ROUNDS):
-        q = ((v - b) / s).round().clamp(0, qp)
-        centered = q - q.mean(1, keepdim=True)
-        spread = centered.square().sum(1, keepdim=True)
-        s = torch.where(spread > 0, (centered * v).sum(1, keepdim=True) / spread, s)  # one code alone says nothing of s
-        b = (v - s * q).mean(1, keepdim=True)
-    error = (s * ((v - b) / s).round().clamp(0, qp) + b - v).square().mean(1)
-    best = error.argmin()
-    return (s[best] * width).item(), (b[best] * width + low).item()
 
 
 @register("quantizer", "lsqplus")
