@@ -23,7 +23,7 @@ from lifequant.common.files import write_all
 from lifequant.runtime.tensorboard import Curves
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-LONG = {"method": "replay", "num_epochs": 12, "checkpoint_seconds": 0, "print_freq": 2}
+LONG = {"method": "replay", "num_epochs": 6, "checkpoint_seconds": 0, "print_freq": 2}
 
 
 @contextlib.contextmanager

@@ -277,7 +277,7 @@ def test_warned_once(tiny, tmp_path, monkeypatch):
 
 def test_held_down_once(tiny, tmp_path):
     """A strong penalty in two later tasks: one line, of the first of them."""
-    more = {"csv_dir": tiny.csvs3, "num_epochs": 8}
+    more = {"csv_dir": tiny.csvs3, "num_epochs": 6}
     found = train(tiny, tmp_path / "run", method="ours", ll_lambda=1e5, **more)["warnings"]
     about = [w for w in found if "larger than the task loss" in w or "holds it down" in w]
     assert 1 <= len(about) <= 2 and "task 1" in about[0] and len({w.split("(")[0][8:] for w in about}) == len(about)

