@@ -196,9 +196,13 @@ def test_first_steps(bits):
         first[name].calibrate(w)
     mean, std = w.numpy().mean(), w.numpy().std()
     widest = max(abs(mean - 3 * std), abs(mean + 3 * std))
-    assert first["lsqplus"].step().item() == pytest.approx(widest / 2 ** (bits - 1), rel=1e-5)
+    codes = 2 ** (bits - 1)
+    assert first["lsqplus"].step().item() * codes == pytest.approx(
+        max(widest, w.abs().max().item()) if bits == 8 else widest, rel=1e-5
+    )
     assert first["llsq"].step().item() == pytest.approx(w.abs().max().item() / 2 ** (bits - 1), rel=1e-6)
-    assert first["apot"].alpha.item() == 3
+    furthest = ((w - w.mean()) / w.std(correction=0)).abs().max().item()
+    assert first["apot"].alpha.item() == pytest.approx(max(furthest, 3) if bits == 8 else 3)
     each = registry.quantizer("llsq").weight(bits, channels=4)
     each.calibrate(w)
     torch.testing.assert_close(each.step(), w.abs().amax(1) / (2 ** (bits - 1) - 1))
@@ -284,6 +288,18 @@ def test_lsq_step_of_activations(bits, share, signed):
     assert error(quant.scale().item()) < 1.1 * best
     if bits == 4 and share == 0.05:  # the paper's step, for comparison
         assert error(2 * np.abs(v).mean() / np.sqrt(quant.qp)) > 40 * best
+
+
+@pytest.mark.parametrize("channels", [None, 4])
+@pytest.mark.parametrize("name", ["lsqplus", "apot"])
+def test_weights_with_heavy_tails(name, channels):
+    """At 8 bits three standard deviations clip too much of them: the error is less than half of that."""
+    w = torch.from_numpy(np.random.default_rng(0).standard_t(3, size=(4, 2000)) * 0.1)
+    quant = registry.quantizer(name).weight(8, channels).double()
+    quant.calibrate(w)
+    clipped = w.clamp(w.mean() - 3 * w.std(), w.mean() + 3 * w.std())
+    values = quant(w) * (w.std() if name == "apot" else 1)
+    assert (values - w).norm() < (clipped - w).norm() / 2
 
 
 def test_proxq_space_is_the_same_for_every_task():

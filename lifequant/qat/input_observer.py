@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lifequant.qat.layer_inputs import OpenInput, input_quantizers, places
-from lifequant.quantizers.base import FakeQuant, sample
+from lifequant.quantizers.base import FakeQuant
+from lifequant.quantizers.first_steps import sample
 
 NUM_VALUES = 2**14  # values of one tensor in one batch that are looked at
 ENOUGH = 0.95  # of these that a quantizer gave; not 1, because the samples can miss rare values

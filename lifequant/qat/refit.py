@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lifequant.quantizers.base import FakeQuant, high_quantile
+from lifequant.quantizers.base import FakeQuant
+from lifequant.quantizers.first_steps import high_quantile
 
 # Relative error (root mean square) of the best uniform quantizer of a Gaussian (Max, IRE Trans. Inf. Theory 1960; tests
 # recompute it).

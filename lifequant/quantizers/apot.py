@@ -7,7 +7,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, positive, standardize
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, positive, standardize
+from lifequant.quantizers.first_steps import high_quantile, widened
 from lifequant.registry import register
 
 FEW = 16  # levels
@@ -100,7 +101,7 @@ class APoT(FakeQuant):
 class APoTWeight(APoT):
     """z = (w - mean) / std, both detached (sec. 2.4); levels -a .. a, the magnitude's b - 1 bits with a sign: 2^b - 1 values.
 
-    dw = dy / std, where clipped too. a begins at 3, not from data: z has the same scale in every layer.
+    dw = dy / std, where clipped too. a begins at the paper's 3, or wider where that has less error.
     """
 
     keeps_range = False
@@ -125,7 +126,13 @@ class APoTWeight(APoT):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        self.alpha.fill_(3.0)
+        centered, std = standardize(x, self.channels)
+        rows = self.channel_rows(centered / std, self.channels)
+
+        def error(reach: Tensor) -> Tensor:
+            return (self.levels[self.nearest(rows / reach[:, None])] * reach[:, None] - rows).square().mean(1)
+
+        self.alpha.copy_(widened(rows.new_full((len(rows),), 3.0), rows.abs().amax(1), error).view_as(self.alpha))
 
 
 class APoTActivation(APoT):

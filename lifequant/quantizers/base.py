@@ -55,22 +55,6 @@ def standardize(x: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
     return centered, variance.clamp((STEP_FLOOR * scale) ** 2, torch.finfo(x.dtype).max).sqrt() / scale
 
 
-def sample(x: Tensor, size: int = 2**13) -> Tensor:
-    """About ``size`` of the values of ``x``, flat, always at the same positions; all values if there are fewer.
-
-    The stride is odd, so that it walks through the channels and positions of a power-of-two shape.
-    """
-    flat = x.flatten()
-    return flat[:: (len(flat) // size) | 1]
-
-
-def high_quantile(x: Tensor) -> Tensor:
-    """The 99.9 % quantile of a sample of the positive values, a scalar: 3.3 standard deviations behind a BatchNorm and a
-    ReLU. 0 where no value is positive. Of positive ones alone, since most units of a layer may be silent."""
-    positive = sample(x[x > 0])
-    return positive.quantile(0.999) if len(positive) else x.new_zeros(())
-
-
 class FakeQuant(nn.Module):
     """Base of all fake-quantizers: clamp to [qn, qp], round, both skipped while ``rounding`` is False.
 

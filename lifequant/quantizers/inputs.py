@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.quantizers.alignq import AlignQActivation
-from lifequant.quantizers.base import STEP_FLOOR, Quantizer, sample
+from lifequant.quantizers.base import STEP_FLOOR, Quantizer
 from lifequant.quantizers.dorefa import DoReFaActivation
+from lifequant.quantizers.first_steps import least_error, sample
 from lifequant.quantizers.llsq import LLSQ, LLSQActivation
-from lifequant.quantizers.lsq import LSQ, LSQActivation, least_error
+from lifequant.quantizers.lsq import LSQ, LSQActivation
 from lifequant.quantizers.lsqplus import LSQPlusActivation
 
 

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, positive, sample, scale_gradient
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, positive, scale_gradient
+from lifequant.quantizers.first_steps import least_error, sample
 from lifequant.registry import register
-
-RANGES, ROUNDS = 16, 12  # of the search for activations' step (and lsqplus's offset)
 
 
 class LSQ(FakeQuant):
@@ -78,35 +77,6 @@ class LSQActivation(LSQ):
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
         self.step_size.fill_(max(least_error(sample(x[x > 0]), self.qn, self.qp)[0], STEP_FLOOR))
-
-
-def least_error(values: Tensor, qn: int, qp: int, offset: bool = False) -> tuple[float, float]:
-    """(s, b) with a small mean squared error of s * clamp(round((v - b) / s), qn, qp) + b on ``values`` [N]; b is 0 without
-    ``offset``. (0, 0) where all values are 0 or there are none.
-
-    From each of a few ranges: codes for (s, b), then the (s, b) of least squares for these codes, in turns; neither turn
-    can increase the error.
-    """
-    if not len(values):
-        return 0.0, 0.0
-    values = values.double()
-    low = values.min() if offset else values.new_zeros(())
-    width = (values - low).abs().max()
-    if width == 0:
-        return 0.0, low.item()
-    v = (values - low) / width  # in [-1, 1], whatever the unit
-    s = torch.linspace(1 / RANGES, 1, RANGES, dtype=v.dtype, device=v.device)[:, None] / qp
-    b = torch.zeros_like(s)
-    for _ in range(ROUNDS):
-        q = ((v - b) / s).round().clamp(qn, qp)
-        centered = q - q.mean(1, keepdim=True) if offset else q
-        spread = centered.square().sum(1, keepdim=True)
-        s = torch.where(spread > 0, (centered * v).sum(1, keepdim=True) / spread, s)  # one code alone says nothing of s
-        if offset:
-            b = (v - s * q).mean(1, keepdim=True)
-    error = (s * ((v - b) / s).round().clamp(qn, qp) + b - v).square().mean(1)
-    best = error.argmin()
-    return (s[best] * width).item(), (b[best] * width + low).item()
 
 
 @register("quantizer", "lsq")

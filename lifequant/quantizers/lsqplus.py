@@ -7,20 +7,26 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, Quantizer, sample, scale_gradient
-from lifequant.quantizers.lsq import LSQActivation, LSQWeight, least_error
+from lifequant.quantizers.base import STEP_FLOOR, Quantizer, scale_gradient
+from lifequant.quantizers.first_steps import least_error, sample, widened
+from lifequant.quantizers.lsq import LSQActivation, LSQWeight
 from lifequant.registry import register
 
 
 class LSQPlusWeight(LSQWeight):
-    """As lsq; initial step max |mean +- 3 std| / 2^(b-1), which outliers do not widen."""
+    """As lsq; initial step max |mean +- 3 std| / 2^(b-1), which outliers do not widen, or a wider one of less error."""
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        rows = self.channel_rows(x, self.channels).double()
-        reach = rows.mean(1).abs() + 3 * rows.std(1, correction=0)
-        self.step_size.copy_((reach / 2 ** (self.bits - 1)).clamp(min=STEP_FLOOR).view_as(self.step_size))
+        rows, codes = self.channel_rows(x, self.channels).double(), 2 ** (self.bits - 1)
+
+        def error(reach: Tensor) -> Tensor:
+            step = (reach / codes).clamp(min=STEP_FLOOR)[:, None]
+            return ((rows / step).round().clamp(self.qn, self.qp) * step - rows).square().mean(1)
+
+        reach = widened(rows.mean(1).abs() + 3 * rows.std(1, correction=0), rows.abs().amax(1), error)
+        self.step_size.copy_((reach / codes).clamp(min=STEP_FLOOR).view_as(self.step_size))
 
 
 class LSQPlusActivation(LSQActivation):

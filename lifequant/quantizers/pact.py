@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, high_quantile, positive, round_ste
+from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, positive, round_ste
 from lifequant.quantizers.dorefa import DoReFaWeight
+from lifequant.quantizers.first_steps import high_quantile
 from lifequant.registry import register
 
 
