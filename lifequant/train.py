@@ -209,7 +209,8 @@ def train_all(run: Run) -> None:
         run.load_teacher(task)
         run.log.say(progress.content(task))
         fault_injection.point("task")
-        with run.timer.part("training"), preemption.polled(distributed.world_size() == 1):
+        caller_draws = torch.random.fork_rng(devices=[])  # as the caller had them, since each step seeds the generator
+        with run.timer.part("training"), preemption.polled(distributed.world_size() == 1), caller_draws:
             train_task(run, task)
         finish_training(run, task)
         fault_injection.point("importance")

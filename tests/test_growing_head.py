@@ -16,6 +16,7 @@ from lifequant.data.task import Batch, Task, user_task
 from lifequant.losses import distillation
 from lifequant.methods.importance import protected
 from lifequant.methods.stored_logits import StoredLogits
+from lifequant.qat.scales import Scales, param_groups
 
 METHODS = registry.names("method")
 PENALTIES = [name for name in registry.names("penalty") if name != "none"]
@@ -68,7 +69,7 @@ def learn(q: nn.Module, method, guard, task: Task, teacher: nn.Module | None) ->
     callbacks = [method] if guard is method else [method, guard]
     for callback in callbacks:
         callback.begin_task(q, task)
-    optimizer = torch.optim.SGD(q.parameters(), 0.01, momentum=0.9)
+    optimizer, scales = torch.optim.SGD(param_groups(q, 0.01), momentum=0.9), Scales(q)
     for places in torch.arange(len(task.pool)).split(4):
         rows = task.pool[places]
         x, y = task.batch(rows)
@@ -81,7 +82,8 @@ def learn(q: nn.Module, method, guard, task: Task, teacher: nn.Module | None) ->
         assert loss.isfinite()
         for callback in callbacks:
             callback.after_backward(q)
-        optimizer.step()
+        with scales.limit_scale_updates():
+            optimizer.step()
         for callback in callbacks:
             callback.after_step(q, 1.0)
     for callback in callbacks:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lifequant.quantizers.alignq import AlignQActivation
 from lifequant.quantizers.base import STEP_FLOOR, Quantizer
 from lifequant.quantizers.dorefa import DoReFaActivation
-from lifequant.quantizers.first_steps import least_error, sample
+from lifequant.quantizers.first_steps import least_error, sample_with_extremes
 from lifequant.quantizers.llsq import LLSQ, LLSQActivation
 from lifequant.quantizers.lsq import LSQ, LSQActivation
 from lifequant.quantizers.lsqplus import LSQPlusActivation
@@ -27,7 +27,7 @@ class LSQInput(LSQ):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        size = least_error(sample(x[x != 0]), self.qn, self.qp)[0] if x.any() else 1 / self.qp
+        size = least_error(sample_with_extremes(x[x != 0]), self.qn, self.qp)[0] if x.any() else 1 / self.qp
         self.step_size.fill_(max(size, STEP_FLOOR))
 
 

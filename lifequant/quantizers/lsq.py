@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lifequant.quantizers.base import STEP_FLOOR, FakeQuant, Quantizer, positive, scale_gradient
-from lifequant.quantizers.first_steps import least_error, sample
+from lifequant.quantizers.first_steps import least_error, sample_with_extremes
 from lifequant.registry import register
 
 
@@ -76,7 +76,7 @@ class LSQActivation(LSQ):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         self.refuse_non_finite(x)
-        self.step_size.fill_(max(least_error(sample(x[x > 0]), self.qn, self.qp)[0], STEP_FLOOR))
+        self.step_size.fill_(max(least_error(sample_with_extremes(x[x > 0]), self.qn, self.qp)[0], STEP_FLOOR))
 
 
 @register("quantizer", "lsq")
